@@ -1,0 +1,85 @@
+// The operators on the CPU: one parallel region over the tiles of all levels, on torch's own threads.
+#include <cstdlib>
+#include <cstring>
+
+#include "../operators.h"
+#include "device.h"
+#include "focal_loss.h"
+
+namespace fastfocal {
+namespace {
+
+struct Isa {
+  const char* name;
+  RunTiles run_tiles;
+};
+
+Isa choose_isa() {
+#if defined(__x86_64__)
+  const char* limit = std::getenv("FASTFOCAL_CPU_CAPABILITY");
+  const bool portable_only = limit != nullptr && std::strcmp(limit, "default") == 0;
+  const bool no_avx512 = limit != nullptr && std::strcmp(limit, "AVX2") == 0;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && !no_avx512 && !portable_only) return {"AVX512", avx512::run_tiles};
+  if (avx2 && !portable_only) return {"AVX2", avx2::run_tiles};
+#endif
+  return {"default", portable::run_tiles};
+}
+
+const Isa& isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+// Fewer tiles than this are not worth waking a second thread for (about 20 microseconds of work).
+constexpr int64_t kTilesPerThread = 4;
+
+}  // namespace
+
+const char* cpu_capability() { return isa().name; }
+
+void Cpu::run(const Call& call, const Tensor&) {
+  const RunTiles run_tiles = isa().run_tiles;
+  torch::stable::parallel_for(0, call.levels.tiles, kTilesPerThread,
+                              [&](int64_t begin, int64_t end) { run_tiles(call, begin, end); });
+}
+
+namespace {
+
+template <class S>
+void add_partials(const Call& call, S* loss, int64_t size, bool add) {
+  std::vector<double> sums(static_cast<size_t>(size), 0.0);
+  for (int l = 0; l < call.levels.count; ++l) {
+    const Level& level = call.levels.level[l];
+    int64_t tile = level.tiles.first;
+    for (int64_t image = 0; image < call.levels.images; ++image) {
+      double sum = 0;
+      for (int64_t i = 0; i < level.tiles.per_image; ++i) sum += call.partial[tile++];
+      const int64_t at = call.reduction == Reduction::kLevel   ? call.first_level + l
+                         : call.reduction == Reduction::kImage ? image
+                                                               : 0;
+      sums[static_cast<size_t>(at)] += sum;
+    }
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    const double before = add ? double(loss[i]) : 0.0;
+    loss[i] = S(before + sums[static_cast<size_t>(i)]);
+  }
+}
+
+}  // namespace
+
+void Cpu::reduce(const Call& call, void* loss, int64_t size, bool add, const Tensor&) {
+  if (call.dtype == DType::kFloat64) {
+    add_partials(call, static_cast<double*>(loss), size, add);
+  } else {
+    add_partials(call, static_cast<float*>(loss), size, add);
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastfocal, CPU, m) { Operators<Cpu>::implement(m); }
+
+}  // namespace fastfocal

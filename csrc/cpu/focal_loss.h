@@ -1,0 +1,26 @@
+// The CPU kernels by instruction set. Free of torch headers: the vector translation units include it.
+#pragma once
+
+#include "../call.h"
+
+namespace fastfocal {
+
+// Tiles [begin, end) of a call, one after another.
+using RunTiles = void (*)(const Call&, int64_t begin, int64_t end);
+
+#define FASTFOCAL_DECLARE_ISA(isa)                                \
+  namespace isa {                                                 \
+  void run_tiles(const Call& call, int64_t begin, int64_t end);   \
+  }
+#if defined(__x86_64__)
+FASTFOCAL_DECLARE_ISA(avx512)
+FASTFOCAL_DECLARE_ISA(avx2)
+#endif
+FASTFOCAL_DECLARE_ISA(portable)
+#undef FASTFOCAL_DECLARE_ISA
+
+// The instruction set in use: "AVX512", "AVX2" or "default", the names torch uses. FASTFOCAL_CPU_CAPABILITY, read once,
+// lowers it.
+const char* cpu_capability();
+
+}  // namespace fastfocal

@@ -1,0 +1,3 @@
+// The compiler's own vectors: SSE2, NEON, whatever the target has.
+#define FASTFOCAL_ISA portable
+#include "focal_tile.h"

@@ -1,0 +1,350 @@
+// The CPU kernel: one tile, for one instruction set. cpu/focal_loss_{avx512,avx2,portable}.cpp each compile this file with
+// their own flags and their own namespace.
+//
+// A tile's logits are computed as negatives in one branch-free loop over contiguous memory; the few positives and the
+// ignored ones are kept out of that loop's sum and output, and the positives are computed apart while the tile is in cache.
+#pragma once
+
+#include "focal_loss.h"
+#include "vec.h"
+
+#include "../focal_math.h"
+
+namespace fastfocal {
+namespace FASTFOCAL_ISA {
+
+using fastfocal::fused_multiply_add;  // beside Vec's, for double
+using fastfocal::select;
+
+inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_of_sum_by_polynomial(hi, lo); }
+inline Vec log1p_unit(Vec e) { return log1p_unit_by_polynomial(e); }
+inline Vec log_positive(Vec w) {
+  Vec n, m;
+  split_exponent(w, &n, &m);
+  const Vec f = m - Vec(1.0f);
+  return fused_multiply_add(n, Vec(0.693145752f), fused_multiply_add(f, horner(f, poly::kLog), n * Vec(1.42860677e-6f)));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The plain case (is_plain in call.h): a constant weight for each of the two classes.
+
+constexpr int kPerFloatSum = 16;  // vectors added in float before they go to double: 16 roundings of 6e-8 at the most
+constexpr int kPrefetch = 2048;   // bytes ahead, as the hardware's own prefetcher stops at 4 KiB pages
+
+template <class T, class Formula, Output kOutput>
+struct PlainTile {
+  static constexpr bool kLoss = kOutput != Output::kGradient;
+  static constexpr bool kGradient = kOutput != Output::kLoss;
+
+  const T* x;    // the image's logits
+  T* g;          // its gradient, or null
+  Formula formula;
+  float negative, positive;  // weight times scale, for the gradient
+  Sum negatives;
+  double positives = 0;
+
+  int pending = 0;
+  int64_t at[kLanes];
+  float value[kLanes];
+
+  // The positives wait until a vector is full.
+  void push(int64_t i) {
+    at[pending] = i;
+    value[pending] = to_float(x[i]);
+    if (++pending == kLanes) flush();
+  }
+
+  void flush() {
+    if (pending == 0) return;
+    for (int i = pending; i < kLanes; ++i) value[i] = 0;
+    const Term<Vec> t = formula.positive(load(value));
+    float slope[kLanes], loss[kLanes];
+    store(slope, t.slope * Vec(positive));
+    store(loss, t.loss);
+    for (int i = 0; i < pending; ++i) {
+      positives += double(loss[i]);
+      if (kGradient && g != nullptr) g[at[i]] = from_float<T>(slope[i]);
+    }
+    pending = 0;
+  }
+
+  // Logits [begin, end) as negatives. With codes, those of class k or ignored are left out and get gradient 0.
+  template <bool kCodes>
+  void run(int64_t begin, int64_t end, const int16_t* codes, int k) {
+    const int ahead = kPrefetch / int(sizeof(T));
+    const Vec weight(negative);
+    int64_t i = begin;
+    while (i + kLanes <= end) {
+      const int64_t stop = end - i < kPerFloatSum * kLanes ? end - kLanes : i + (kPerFloatSum - 1) * kLanes;
+      Vec sum(0.0f);
+      for (; i <= stop; i += kLanes) {
+        __builtin_prefetch(x + i + ahead);
+        if (kGradient) __builtin_prefetch(g + i + ahead, 1);
+        Term<Vec> t = formula.negative(load(x + i));
+        if (kCodes) {
+          const Mask special = equal_either(codes + (i - begin), int16_t(k), int16_t(kIgnored));
+          t.loss = zero_where(special, t.loss);
+          t.slope = zero_where(special, t.slope);
+          unsigned rest = bits(special);
+          while (rest != 0) {
+            const int lane = __builtin_ctz(rest);
+            rest &= rest - 1;
+            if (codes[i - begin + lane] == k) held[holding++] = i + lane;
+          }
+        }
+        if (kLoss) sum = sum + t.loss;
+        if (kGradient) store(g + i, t.slope * weight);
+      }
+      if (kLoss) negatives.add(sum);
+      release();
+    }
+    if (i < end) {
+      const int n = int(end - i);
+      Term<Vec> t = formula.negative(load_first(x + i, n));
+      float loss[kLanes], slope[kLanes];
+      store(loss, t.loss);
+      store(slope, t.slope * weight);
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int code = kCodes && lane < n ? codes[i - begin + lane] : kBackground;
+        const bool special = kCodes && (code == k || code == kIgnored);
+        if (lane >= n || special) loss[lane] = slope[lane] = 0;
+        if (lane < n && special && code == k) held[holding++] = i + lane;
+      }
+      if (kLoss) negatives.add(load(loss));
+      if (kGradient) store_first(g + i, load(slope), n);
+      release();
+    }
+  }
+
+  // Positives met inside the loop above; they are pushed after it, so that its registers are not spilled for them.
+  int holding = 0;
+  int64_t held[kPerFloatSum * kLanes];
+  void release() {
+    for (int i = 0; i < holding; ++i) push(held[i]);
+    holding = 0;
+  }
+
+  void zero(int64_t begin, int64_t end) {
+    if (kGradient && end > begin) memset(static_cast<void*>(g + begin), 0, size_t(end - begin) * sizeof(T));
+  }
+
+  // Anchors' rows: what lies between positives and ignored anchors is one contiguous run of negatives.
+  void class_last(const int16_t* codes, int classes, int64_t begin, int64_t end) {
+    int64_t start = begin;
+    for (int64_t anchor = begin / classes; anchor * classes < end; ++anchor) {
+      const int code = codes[anchor];
+      if (code == kBackground) continue;
+      const int64_t row = anchor * classes;
+      if (code == kIgnored) {
+        const int64_t from = row < begin ? begin : row, to = row + classes < end ? row + classes : end;
+        run<false>(start, from, nullptr, 0);
+        zero(from, to);
+        start = to;
+      } else if (row + code >= begin && row + code < end) {
+        run<false>(start, row + code, nullptr, 0);
+        push(row + code);
+        start = row + code + 1;
+      }
+    }
+    run<false>(start, end, nullptr, 0);
+  }
+
+  // Planes: the cells of one class of one anchor shape; the codes lie in the same order.
+  void class_first(const int16_t* codes, int classes, int64_t cells, int64_t begin, int64_t end) {
+    int64_t plane = begin / cells;
+    for (int64_t i = begin; i < end; ++plane) {
+      const int64_t stop = (plane + 1) * cells < end ? (plane + 1) * cells : end;
+      run<true>(i, stop, codes + plane / classes * cells + (i - plane * cells), int(plane % classes));
+      i = stop;
+    }
+  }
+};
+
+template <class T, class Formula, Output kOutput>
+void plain_tile(const Call& call, const Tile& tile, const Formula& formula, double* partial) {
+  const Level& level = call.levels.level[tile.level];
+  const double scale = scale_of<float>(call, tile.level, tile.image);
+  PlainTile<T, Formula, kOutput> work;
+  work.x = static_cast<const T*>(level.logits) + tile.image * level.image_logits;
+  work.g = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + tile.image * level.image_logits;
+  work.formula = formula;
+  work.negative = float(call.negative_weight * scale);
+  work.positive = float(call.positive_weight * scale);
+  const int16_t* codes =
+      static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
+  const int classes = int(call.levels.classes.divisor);
+  if (level.layout == Layout::kClassLast) {
+    work.class_last(codes, classes, tile.begin, tile.end);
+  } else {
+    work.class_first(codes, classes, level.cells.divisor, tile.begin, tile.end);
+  }
+  work.flush();
+  if (partial != nullptr)
+    *partial = scale * (call.negative_weight * total(work.negatives) + call.positive_weight * work.positives);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The general case: everything an element needs is gathered into small arrays, then computed as a vector.
+
+template <class S>
+struct Lanes;  // how many S one step takes, and how
+
+template <>
+struct Lanes<float> {
+  using V = Vec;
+  using M = Mask;
+  static constexpr int kCount = kLanes;
+  static Vec load(const float* p) { return FASTFOCAL_ISA::load(p); }
+  static void store(float* p, Vec x) { FASTFOCAL_ISA::store(p, x); }
+};
+
+template <>
+struct Lanes<double> {
+  using V = double;
+  static constexpr int kCount = 1;
+  static double load(const double* p) { return *p; }
+  static void store(double* p, double x) { *p = x; }
+};
+
+template <class T, class S, class Formula>
+void general_tile(const Call& call, const Tile& tile, const Formula& formula, double* partial) {
+  constexpr int kBlock = 256;
+  constexpr int kStep = Lanes<S>::kCount;
+  using V = typename Lanes<S>::V;
+  const Level& level = call.levels.level[tile.level];
+  const S scale = S(scale_of<S>(call, tile.level, tile.image));
+  const int64_t base = tile.image * level.image_logits;
+  const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
+  const T* x = static_cast<const T*>(level.logits) + base;
+  T* out = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + base;
+  const T* incoming = call.incoming_elements ? static_cast<const T*>(level.incoming) + base : nullptr;
+  const S* anchor_weight = static_cast<const S*>(call.anchor_weight);
+  const bool element_loss = call.output == Output::kElementLoss;
+
+  S logit[kBlock], target[kBlock], negative[kBlock], positive[kBlock], loss[kBlock], slope[kBlock];
+  bool ignored[kBlock];
+  double sum = 0;
+  const TileMap map(call.levels, tile);
+  for (int64_t start = tile.begin; start < tile.end; start += kBlock) {
+    const int n = tile.end - start < kBlock ? int(tile.end - start) : kBlock;
+    for (int i = 0; i < n; ++i) {
+      const Place place = map.at(uint32_t(start - tile.begin) + uint32_t(i));
+      const int64_t anchor = anchor_base + place.anchor;
+      const S weight = anchor_weight == nullptr ? scale : scale * anchor_weight[anchor];
+      negative[i] = weight * negative_weight<S>(call, place.k);
+      positive[i] = weight * positive_weight<S>(call, place.k);
+      ignored[i] = false;
+      if (!call.soft) {
+        const int code = code_at(call, anchor);
+        target[i] = code == place.k ? S(1) : S(0);
+        ignored[i] = code == kIgnored;
+      } else if (call.wide_soft_targets) {
+        target[i] = S(static_cast<const float*>(level.soft_targets)[base + start + i]);
+      } else {
+        target[i] = to_float(static_cast<const T*>(level.soft_targets)[base + start + i]);
+      }
+      logit[i] = to_float(x[start + i]);
+    }
+    for (int i = n; i % kStep != 0; ++i) logit[i] = target[i] = negative[i] = positive[i] = 0;
+
+    const V half = V(S(0.5));
+    for (int i = 0; i < n; i += kStep) {
+      const V v = Lanes<S>::load(logit + i), y = Lanes<S>::load(target + i);
+      const V wn = Lanes<S>::load(negative + i), wp = Lanes<S>::load(positive + i);
+      Term<V> t;
+      V w;
+      if (call.soft) {
+        t = formula.soft(v, y);
+        w = fused_multiply_add(y, wp - wn, wn);
+      } else {
+        const auto is_negative = y < half;
+        const Term<V> no = formula.negative(v), yes = formula.positive(v);
+        t.loss = select(is_negative, no.loss, yes.loss);
+        t.slope = select(is_negative, no.slope, yes.slope);
+        w = select(is_negative, wn, wp);
+      }
+      Lanes<S>::store(loss + i, t.loss * w);
+      Lanes<S>::store(slope + i, t.slope * w);
+    }
+    for (int i = 0; i < n; ++i) {
+      if (ignored[i]) loss[i] = slope[i] = 0;
+      sum += double(loss[i]);
+      if (out != nullptr) {
+        const S y = element_loss ? loss[i] : incoming == nullptr ? slope[i] : slope[i] * S(to_float(incoming[start + i]));
+        if constexpr (sizeof(S) == sizeof(double)) {
+          out[start + i] = y;
+        } else {
+          out[start + i] = from_float<T>(y);
+        }
+      }
+    }
+  }
+  if (partial != nullptr) *partial = sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// From a Call to the kernel for it
+
+template <class T, class Formula, Output kOutput>
+void plain_tiles(const Call& call, const Formula& formula, int64_t begin, int64_t end) {
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile = tile_at(call.levels, t);
+    const bool wanted = call.levels.level[tile.level].out != nullptr;
+    double* partial = kOutput == Output::kGradient ? nullptr : call.partial + t;
+    if (kOutput == Output::kLossAndGradient && !wanted) {
+      plain_tile<T, Formula, Output::kLoss>(call, tile, formula, partial);
+    } else if (kOutput != Output::kGradient || wanted) {
+      plain_tile<T, Formula, kOutput>(call, tile, formula, partial);
+    }
+  }
+}
+
+template <class T, Gamma kGamma>
+void plain(const Call& call, int64_t begin, int64_t end) {
+  const FocalLoss<float, kGamma, false> formula{float(call.gamma), 0.0f};
+  switch (call.output) {
+    case Output::kLoss:
+      return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kLoss>(call, formula, begin, end);
+    case Output::kLossAndGradient:
+      return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kLossAndGradient>(call, formula, begin, end);
+    default:
+      return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kGradient>(call, formula, begin, end);
+  }
+}
+
+template <class T, class S, Gamma kGamma, bool kSmoothing>
+void general(const Call& call, int64_t begin, int64_t end) {
+  const FocalLoss<S, kGamma, kSmoothing> formula{S(call.gamma), S(call.label_smoothing / 2)};
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile tile = tile_at(call.levels, t);
+    const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
+    if (sums || call.levels.level[tile.level].out != nullptr)
+      general_tile<T, S>(call, tile, formula, sums ? call.partial + t : nullptr);
+  }
+}
+
+template <class T, class S>
+void tiles_of(const Call& call, int64_t begin, int64_t end) {
+  const bool two = call.gamma == 2.0;
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (is_plain(call)) return two ? plain<T, Gamma::kTwo>(call, begin, end) : plain<T, Gamma::kAny>(call, begin, end);
+  }
+  if (call.label_smoothing != 0) return general<T, S, Gamma::kAny, true>(call, begin, end);
+  return two ? general<T, S, Gamma::kTwo, false>(call, begin, end) : general<T, S, Gamma::kAny, false>(call, begin, end);
+}
+
+void run_tiles(const Call& call, int64_t begin, int64_t end) {
+  switch (call.dtype) {
+    case DType::kFloat32:
+      return tiles_of<float, float>(call, begin, end);
+    case DType::kFloat16:
+      return tiles_of<Half, float>(call, begin, end);
+    case DType::kBFloat16:
+      return tiles_of<BFloat16, float>(call, begin, end);
+    case DType::kFloat64:
+      return tiles_of<double, double>(call, begin, end);
+  }
+}
+
+}  // namespace FASTFOCAL_ISA
+}  // namespace fastfocal

@@ -1,0 +1,264 @@
+// The mathematics of the focal loss: one copy, for the host, the device and every vector width.
+//
+// For a binary term with logit x and target y in {0, 1} let z = y ? -x : x, the logit of being wrong. Then
+//
+//   e  = exp(-|z|)                     r = 1 / (1 + e)
+//   q  = z < 0 ? e r : r               sigmoid(z) = 1 - p_t
+//   p  = z < 0 ? r : e r               1 - q      = p_t
+//   ce = max(z, 0) + log(1 + e)        softplus(z) = -log p_t
+//   loss     = q^gamma ce                               Lin et al. 2017, arXiv:1708.02002, equation 5, less its alpha
+//   d/dz     = q^gamma (gamma p ce + q)                 since dq/dz = p q and dce/dz = q
+//   d/dx     = y ? -d/dz : d/dz
+//
+// Every term of every sum above is positive, so nothing cancels, and no q^(gamma - 1) appears, so gamma in [0, 1) has no
+// singularity. ln q = min(z, 0) - log(1 + e), so q^gamma is one more exp and never a pow.
+//
+// Label smoothing s replaces the target inside the cross entropy by y (1 - s) + s / 2. With h = s / 2:
+//   ce = softplus(z) - h z = log(1 + e) + |z| u,   u = z < 0 ? h : 1 - h;   d ce / dz = q - h.
+//
+// A soft target y in [0, 1] (torchvision's rule: 1 - p_t = w = p + y - 2 p y with p = sigmoid(x)). With
+// u = x < 0 ? y : 1 - y, the target's distance from the side the logit takes, and s = x < 0 ? -1 : 1:
+//   w     = r (u + e (1 - u))
+//   ce    = log(1 + e) + |x| u
+//   p - y = s (u - e r)                 1 - 2 y = s (2 u - 1)            p (1 - p) / w = e r / (u + e (1 - u))
+//   d/dx  = s w^gamma [(u - e r) + gamma ce (2 u - 1) e r / (u + e (1 - u))]
+//
+// alpha is a weight of the two classes and stays outside: kernels multiply it in with the other weights.
+//
+// V is float, double or a vector of floats (cpu/vec.h); S is its scalar. A type needs these, found by overload:
+//   fused_multiply_add, absolute, reciprocal, select(mask, a, b), +, -, *, <, and
+//   at_least(x, c), at_most(x, c)   clamps that let NaN through,
+//   exp_of_sum(hi, lo)              exp(hi + lo) for hi <= 0 and |lo| tiny, 0 for hi = -inf,
+//   log1p_unit(e)                   log(1 + e) for e in [0, 1],      log_positive(w)   log(w) for w > 0,
+//   product_error(a, b, ab)         a b - ab exactly, where ab is a b rounded.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#include "half.h"
+
+namespace fastfocal {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Polynomials. Minimax fits (Remez), relative error in the comment, coefficients from the lowest power up.
+
+namespace poly {
+// exp(f), |f| <= ln(2) / 2: 2e-9
+constexpr float kExp[7] = {1.00000000055f,   1.00000003632f,   0.499999920802f,  0.166664201704f,
+                           0.0416682254849f, 0.00837481576947f, 0.00138368507032f};
+// log(1 + e) / e - 1 over e, e in [0, 1]: 5e-9
+constexpr float kLog1p[9] = {-0.499999327628f, 0.333305113047f,  -0.249585872982f, 0.196954000457f, -0.153553952088f,
+                             0.10680554136f,   -0.057664434711f, 0.0202045817826f, -0.00331847222864f};
+// log(1 + f) / f, 1 + f in [sqrt(1/2), sqrt(2)]: 4e-9
+constexpr float kLog[10] = {1.00000000067f,  -0.499999883243f, 0.333333023963f,  -0.25001570957f,  0.200032066928f,
+                            -0.166103423602f, 0.141607208363f,  -0.132122602684f, 0.130191541452f, -0.078308253961f};
+}  // namespace poly
+
+// ---------------------------------------------------------------------------------------------------------------------
+// float and double
+
+FASTFOCAL_HD double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
+FASTFOCAL_HD double absolute(double x) { return fabs(x); }
+FASTFOCAL_HD double reciprocal(double x) { return 1.0 / x; }
+FASTFOCAL_HD double select(bool mask, double a, double b) { return mask ? a : b; }
+FASTFOCAL_HD double at_least(double x, double c) { return x < c ? c : x; }
+FASTFOCAL_HD double at_most(double x, double c) { return x > c ? c : x; }
+FASTFOCAL_HD double exp_of_sum(double hi, double lo) { return exp(hi + lo); }
+FASTFOCAL_HD double log1p_unit(double e) { return log1p(e); }
+FASTFOCAL_HD double log_positive(double w) { return log(w); }
+FASTFOCAL_HD double product_error(double a, double b, double ab) { return fma(a, b, -ab); }
+
+FASTFOCAL_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+FASTFOCAL_HD float absolute(float x) { return fabsf(x); }
+FASTFOCAL_HD float select(bool mask, float a, float b) { return mask ? a : b; }
+FASTFOCAL_HD float product_error(float a, float b, float ab) { return fmaf(a, b, -ab); }
+FASTFOCAL_HD float log_positive(float w) { return logf(w); }
+
+#ifdef __CUDA_ARCH__
+// max.NaN is one instruction where it exists; a comparison and a select elsewhere.
+__device__ __forceinline__ float at_least(float x, float c) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(c));
+  return y;
+#else
+  return x < c ? c : x;
+#endif
+}
+__device__ __forceinline__ float at_most(float x, float c) {
+#if __CUDA_ARCH__ >= 800
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(c));
+  return y;
+#else
+  return x > c ? c : x;
+#endif
+}
+__device__ __forceinline__ float reciprocal(float x) {  // 1 ulp
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// ex2 is accurate to 2e-7, but its argument x log2(e), rounded, is not for large |x|: the rounding error is carried.
+__device__ __forceinline__ float exp_of_sum(float hi, float lo) {
+  hi = at_least(hi, -200.0f);
+  const float t = hi * 1.44269504f;
+  float t_lo = fmaf(hi, 1.44269504f, -t);
+  t_lo = fmaf(hi, 1.92596299e-8f, t_lo);  // log2(e) less its float
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
+  return fmaf(y, fmaf(t_lo, 0.693147181f, lo), y);
+}
+#else
+FASTFOCAL_HD float at_least(float x, float c) { return x < c ? c : x; }
+FASTFOCAL_HD float at_most(float x, float c) { return x > c ? c : x; }
+FASTFOCAL_HD float reciprocal(float x) { return 1.0f / x; }
+FASTFOCAL_HD float round_small(float x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23: no bit is left for fractions
+FASTFOCAL_HD float power_of_two(float n) { return bit_cast<float>(uint32_t(int32_t(n) + 127) << 23); }
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// exp and log1p by polynomial, for any width of float
+
+template <class V, int kTerms>
+FASTFOCAL_HD V horner(V x, const float (&c)[kTerms]) {
+  V y = V(c[kTerms - 1]);
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int i = kTerms - 2; i >= 0; --i) y = fused_multiply_add(y, x, V(c[i]));
+  return y;
+}
+
+// exp(hi + lo) for hi <= 0: hi = n ln 2 + f by two fused steps, so that f is exact however large n is. ln 2's leading part
+// has few bits: n times it is exact even where there is no fused multiply-add.
+template <class V>
+FASTFOCAL_HD V exp_of_sum_by_polynomial(V hi, V lo) {
+  hi = at_least(hi, V(-88.0297f));  // -127 ln 2: the smallest power of two that power_of_two() turns into 0
+  const V n = round_small(hi * V(1.44269504f));
+  V f = fused_multiply_add(n, V(-0.693145752f), hi);
+  f = fused_multiply_add(n, V(-1.42860677e-6f), f) + lo;
+  return horner(f, poly::kExp) * power_of_two(n);
+}
+
+template <class V>
+FASTFOCAL_HD V log1p_unit_by_polynomial(V e) {
+  return fused_multiply_add(e * e, horner(e, poly::kLog1p), e);
+}
+
+FASTFOCAL_HD float log1p_unit(float e) { return log1p_unit_by_polynomial(e); }
+#ifndef __CUDA_ARCH__
+FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_of_sum_by_polynomial(hi, lo); }
+#endif
+
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The formula
+
+template <class V>
+struct Term {
+  V loss;
+  V slope;  // its derivative by the logit
+};
+
+enum class Gamma { kTwo, kAny };
+
+// The policy the kernels take: a member of the family gives a struct with negative(x), positive(x), soft(x, y) and the
+// scalar type. Further members (star, quality, varifocal, asymmetric) are further structs; the kernels stay as they are.
+template <class S, Gamma kGamma, bool kSmoothing>
+struct FocalLoss {
+  using Scalar = S;
+  S gamma;
+  S half_smoothing;  // h = label_smoothing / 2; read only with kSmoothing
+
+  template <class V>
+  FASTFOCAL_HD Term<V> negative(V x) const {
+    return term(x);
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> positive(V x) const {
+    const Term<V> t = term(V(S(0)) - x);
+    return {t.loss, V(S(0)) - t.slope};
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y) const {
+    const V zero = V(S(0)), one = V(S(1));
+    const V magnitude = absolute(x);
+    const V e = exp_of_sum(zero - magnitude, zero);
+    const V r = reciprocal(one + e);
+    const V er = e * r;
+    const auto left = x < zero;
+    const V u = select(left, y, one - y);
+    const V sum = fused_multiply_add(e, one - u, u);  // u + e (1 - u)
+    const V w = r * sum;
+    const V v = kSmoothing ? fused_multiply_add(u, V(S(1) - 2 * half_smoothing), V(half_smoothing)) : u;
+    const V ce = log1p_unit(e) + select(v < V(tiny(S(0))), zero, magnitude * v);  // not 0 * inf
+    V power;
+    if constexpr (kGamma == Gamma::kTwo) {
+      power = w * w;
+    } else {
+      const V log_w = log_positive(at_least(w, V(tiny(S(0)))));
+      const V any = select(w < V(tiny(S(0))), zero, exp_of_sum(V(gamma) * log_w, zero));
+      power = select(V(gamma) < V(tiny(S(0))), one, any);
+    }
+    const V ratio = er * reciprocal(at_least(sum, V(tiny(S(0)))));  // p (1 - p) / w
+    const V bend = (V(gamma) * ratio) * at_most(ce, V(largest(S(0))));
+    const V slope = power * fused_multiply_add(bend, u + u - one, v - er);
+    const V loss = power * at_most_where_zero(ce, power);
+    return {loss, select(left, zero - slope, slope)};
+  }
+
+ private:
+  FASTFOCAL_HD static float largest(float) { return FLT_MAX; }
+  FASTFOCAL_HD static double largest(double) { return DBL_MAX; }
+  FASTFOCAL_HD static float tiny(float) { return FLT_MIN; }
+  FASTFOCAL_HD static double tiny(double) { return DBL_MIN; }
+
+  // 0 * inf is 0 here: the power vanishes faster than the cross entropy grows.
+  template <class V>
+  FASTFOCAL_HD static V at_most_where_zero(V ce, V power) {
+    return select(power < V(tiny(S(0))), at_most(ce, V(largest(S(0)))), ce);
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> term(V z) const {
+    const V zero = V(S(0)), one = V(S(1));
+    const V e = exp_of_sum(zero - absolute(z), zero);
+    const V r = reciprocal(one + e);
+    const V er = e * r;
+    const auto right = z < zero;  // the logit is on the side of its target
+    const V q = select(right, er, r);
+    const V p = select(right, r, er);
+    const V l = log1p_unit(e);
+
+    V power;
+    if constexpr (kGamma == Gamma::kTwo) {
+      power = q * q;
+    } else {
+      // gamma ln q with the rounding errors of both steps carried: exp() would magnify them by up to 87.
+      const V below = at_least(at_most(z, zero), V(S(-1e30)));  // finite, so that gamma = 0 gives 0
+      const V log_q = below - l;
+      const V log_q_error = (below - log_q) - l;
+      const V hi = V(gamma) * log_q;
+      const V lo = fused_multiply_add(V(gamma), log_q_error, product_error(V(gamma), log_q, hi));
+      power = exp_of_sum(hi, lo);
+    }
+
+    if constexpr (kSmoothing) {
+      const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
+      const V ce = fused_multiply_add(absolute(z), u, l);
+      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(largest(S(0)))), q - V(half_smoothing));
+      return {power * at_most_where_zero(ce, power), slope};
+    } else {
+      const V ce = at_least(z, zero) + l;
+      // ce is clamped for an infinite z: p ce is 0 there, and 0 * inf would be NaN.
+      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(largest(S(0)))), q);
+      return {power * ce, slope};
+    }
+  }
+};
+
+}  // namespace fastfocal

@@ -1,0 +1,21 @@
+// The module fastfocal._C: importing it registers the operators (their schemas are in operators.h, their kernels in cpu/ and
+// cuda/) and gives the facts of the build.
+#include <pybind11/pybind11.h>
+
+#include "cpu/focal_loss.h"
+#include "operators.h"
+
+STABLE_TORCH_LIBRARY(fastfocal, m) { fastfocal::define_operators(m); }
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of fastfocal; importing it registers torch.ops.fastfocal.";
+  m.def("build_facts", [] {
+    pybind11::dict facts;
+    facts["torch_built_for"] = FASTFOCAL_TORCH_VERSION;
+    facts["cuda"] = FASTFOCAL_CUDA_VERSION;
+    facts["cuda_archs"] = FASTFOCAL_CUDA_ARCHS;
+    facts["compiler"] = __VERSION__;
+    facts["cpu_capability"] = fastfocal::cpu_capability();
+    return facts;
+  });
+}

@@ -1,0 +1,280 @@
+"""Checks what users pass, and brings it into the form the operators take.
+
+Every error is raised here, before anything is computed, and names the argument, the level, what came and what was expected.
+(The one exception is a label out of range on a CUDA device: finding it on the host would take a synchronisation.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfocal.ops import accumulation_dtype, images
+
+Levels = Tensor | Sequence[Tensor]
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("sum", "level", "image", "none", "mean")
+NORMALIZERS = ("positives", "positives_per_image")
+GRAD_MODES = ("auto", "save", "recompute", "inplace")
+
+
+def shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def is_class_last(t: Tensor) -> bool:
+    """Whether the classes of an anchor are neighbours in memory (as `is_class_last` in csrc/operators.h has it)."""
+    return t.dim() < 4 or t.is_contiguous(memory_format=torch.channels_last)
+
+
+def as_levels(name: str, value: Levels) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, one a level; got {type(value).__name__}")
+    for level, t in enumerate(value):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}[{level}]: expected a tensor, got {type(t).__name__}")
+    return list(value)
+
+
+def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) -> tuple[list[Tensor], int]:
+    """Returns the levels, dense in memory (copied once where they are not), and K."""
+    levels = as_levels("logits", logits)
+    if not levels:
+        raise ValueError("logits: expected at least one level, got an empty sequence")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+    first = levels[0]
+    for i, t in enumerate(levels):
+        if t.dtype not in FLOATING:
+            raise TypeError(f"logits[{i}]: expected float32, float16, bfloat16 or float64, got {t.dtype}")
+        if t.dim() not in (2, 3, 4):
+            raise ValueError(f"logits[{i}]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(t)}")
+        if t.dtype != first.dtype:
+            raise TypeError(f"logits[{i}]: expected the dtype of level 0, {first.dtype}, got {t.dtype}")
+        if t.device != first.device:
+            raise ValueError(f"logits[{i}]: expected the device of level 0, {first.device}, got {t.device}")
+        if t.dim() != first.dim():
+            raise ValueError(f"logits[{i}]: expected {first.dim()} dimensions as level 0 has, got shape {shape(t)}")
+        if t.dim() > 2 and t.shape[0] != first.shape[0]:
+            raise ValueError(f"logits[{i}]: expected batch size {first.shape[0]} as level 0 has, got shape {shape(t)}")
+    if num_classes is None:
+        if first.dim() == 4 and need_classes:
+            raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
+        num_classes = first.shape[1] if first.dim() == 4 else first.shape[-1]
+        if num_classes < 1:
+            raise ValueError(f"logits[0]: expected at least one class, got shape {shape(first)}")
+    for i, t in enumerate(levels):
+        if t.dim() == 4 and t.shape[1] % num_classes:
+            raise ValueError(
+                f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {t.shape[1]} "
+                f"(shape {shape(t)})"
+            )
+        if t.dim() < 4 and t.shape[-1] != num_classes:
+            raise ValueError(f"logits[{i}]: expected {num_classes} classes in the last dimension, got shape {shape(t)}")
+    return levels, num_classes
+
+
+def dense(levels: list[Tensor]) -> list[Tensor]:
+    """The levels as the kernels read them: in place where contiguous or channels_last, copied once elsewhere."""
+    return [
+        t if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)) else t.contiguous()
+        for t in levels
+    ]
+
+
+def anchors_of(t: Tensor, num_classes: int) -> int:
+    """M of a level."""
+    return t.shape[-2] if t.dim() < 4 else t.shape[1] // num_classes * t.shape[2] * t.shape[3]
+
+
+def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:
+    """Per-anchor values (labels, weights) as (N, M) a level, or as one (N, sum M); views wherever strides allow."""
+    given = as_levels(name, value)
+    n = images(levels[0])
+    counts = [anchors_of(t, num_classes) for t in levels]
+    for i, t in enumerate(given):
+        if t.device != levels[0].device:
+            raise ValueError(f"{name}[{i}]: expected the logits' device, {levels[0].device}, got {t.device}")
+        if t.requires_grad:
+            raise ValueError(f"{name}[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True")
+    if isinstance(value, Tensor) and len(levels) > 1:
+        expected = (sum(counts),) if levels[0].dim() == 2 else (n, sum(counts))
+        if shape(value) != expected:
+            raise ValueError(
+                f"{name}: expected one tensor of shape {expected} for all {len(levels)} levels (their anchors: {counts}), or "
+                f"a list of {len(levels)}; got shape {shape(value)}"
+            )
+        return [value.reshape(n, sum(counts))]
+    if len(given) != len(levels):
+        raise ValueError(f"{name}: expected {len(levels)} levels, or one tensor for all, got {len(given)}")
+    for i, (t, logits, m) in enumerate(zip(given, levels, counts, strict=True)):
+        allowed: list[tuple[int, ...]] = [(m,)] if logits.dim() == 2 else [(n, m)]
+        if logits.dim() == 4:
+            h, w = logits.shape[2:]
+            a = logits.shape[1] // num_classes
+            allowed.append((n, h, w, a))
+            if a == 1:
+                allowed.append((n, h, w))
+        if shape(t) not in allowed:
+            raise ValueError(
+                f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(logits)} and "
+                f"{num_classes} classes, got {shape(t)}"
+            )
+    return [t.reshape(n, m) for t, m in zip(given, counts, strict=True)]
+
+
+def check_labels(targets: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:
+    labels = check_anchors("targets", targets, levels, num_classes)
+    for i, t in enumerate(labels):
+        if t.dtype != labels[0].dtype:
+            raise TypeError(f"targets[{i}]: expected the dtype of level 0, {labels[0].dtype}, got {t.dtype}")
+        if t.dtype not in INTEGER:
+            raise TypeError(f"targets[{i}]: expected integer labels or floating soft targets, got {t.dtype}")
+    return labels
+
+
+def check_soft_targets(targets: Levels, levels: list[Tensor]) -> list[Tensor]:
+    """Soft targets in the logits' memory order, of the logits' dtype or the accumulation dtype."""
+    given = as_levels("targets", targets)
+    if len(given) != len(levels):
+        raise ValueError(f"targets: expected {len(levels)} levels of soft targets, got {len(given)}")
+    for i, (t, logits) in enumerate(zip(given, levels, strict=True)):
+        if not t.is_floating_point():
+            raise TypeError(f"targets[{i}]: expected floating soft targets as level 0 has, got {t.dtype}")
+        if t.shape != logits.shape:
+            raise ValueError(f"targets[{i}]: expected soft targets of the logits' shape {shape(logits)}, got {shape(t)}")
+        if t.device != logits.device:
+            raise ValueError(f"targets[{i}]: expected the logits' device, {logits.device}, got {t.device}")
+        if t.requires_grad:
+            raise ValueError(f"targets[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True")
+    dtype = levels[0].dtype if all(t.dtype == levels[0].dtype for t in given) else accumulation_dtype(levels[0].dtype)
+    # empty_like keeps the logits' strides.
+    return [
+        t if t.dtype == dtype and t.stride() == logits.stride() else torch.empty_like(logits, dtype=dtype).copy_(t)
+        for t, logits in zip(given, levels, strict=True)
+    ]
+
+
+def check_weight(weight: Levels, levels: list[Tensor], num_classes: int) -> Tensor:
+    """Per-anchor weights as one flat tensor, in the order of the label codes."""
+    rows = check_anchors("weight", weight, levels, num_classes)
+    for i, t in enumerate(rows):
+        if not t.is_floating_point():
+            raise TypeError(f"weight[{i}]: expected floating weights, got {t.dtype}")
+    if len(rows) < len(levels):
+        rows = list(rows[0].split([anchors_of(t, num_classes) for t in levels], dim=1))
+    flat = []
+    for t, logits in zip(rows, levels, strict=True):
+        if not is_class_last(logits):  # (N, cell, a) -> (N, a, cell)
+            a = logits.shape[1] // num_classes
+            t = t.unflatten(1, (logits.shape[2] * logits.shape[3], a)).transpose(1, 2)
+        flat.append(t.reshape(-1))
+    return torch.cat(flat).to(accumulation_dtype(levels[0].dtype))
+
+
+def check_alpha(
+    alpha: float | Sequence[float] | Tensor | None, num_classes: int, like: Tensor
+) -> tuple[float, float, Tensor | None]:
+    """Returns the weight of positives, of negatives, and alpha per class where it was given so."""
+    if alpha is None:
+        return 1.0, 1.0, None
+    if isinstance(alpha, (int, float)):
+        if math.isnan(alpha) or alpha > 1:
+            raise ValueError(f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}")
+        return (float(alpha), 1.0 - alpha, None) if alpha >= 0 else (1.0, 1.0, None)
+    if not isinstance(alpha, Tensor):
+        if not isinstance(alpha, Sequence) or not all(isinstance(a, (int, float)) for a in alpha):
+            raise TypeError(f"alpha: expected a number, {num_classes} numbers, a tensor or None, got {alpha!r}")
+        if not all(0 <= a <= 1 for a in alpha):
+            raise ValueError(f"alpha: expected numbers in [0, 1], got {list(alpha)}")
+        alpha = torch.tensor(list(alpha), dtype=torch.float64)
+    elif alpha.requires_grad:
+        raise ValueError("alpha: is not differentiated, expected requires_grad=False, got requires_grad=True")
+    elif alpha.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        raise ValueError(f"alpha: expected numbers in [0, 1], got {alpha.tolist()}")
+    if alpha.dim() == 0:
+        alpha = alpha.expand(num_classes)
+    if shape(alpha) != (num_classes,):
+        raise ValueError(f"alpha: expected one number a class, shape ({num_classes},), got shape {shape(alpha)}")
+    return 1.0, 1.0, alpha.to(like.device, accumulation_dtype(like.dtype)).contiguous()
+
+
+def check_numbers(gamma: float, label_smoothing: float, loss_weight: float) -> None:
+    if not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma: expected a number, got {type(gamma).__name__}")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma: expected a finite number >= 0, got {gamma}")
+    if not isinstance(label_smoothing, (int, float)):
+        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    if not isinstance(loss_weight, (int, float)):
+        raise TypeError(f"loss_weight: expected a number, got {type(loss_weight).__name__}")
+    if not math.isfinite(loss_weight):
+        raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_indices(background_index: int | None, ignore_index: int, num_classes: int) -> int:
+    """Returns the label that means background."""
+    for name, value in (("background_index", background_index), ("ignore_index", ignore_index)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+    background = num_classes if background_index is None else background_index
+    if background == ignore_index:
+        raise ValueError(f"ignore_index: expected a label other than background_index, got {ignore_index} for both")
+    if 0 < background < num_classes:
+        raise ValueError(
+            f"background_index: {background} is also one of the classes 0..{num_classes - 1}; expected 0 (the classes are then "
+            f"1..{num_classes}), {num_classes} or a number outside 0..{num_classes - 1}"
+        )
+    return background
+
+
+def check_level_weights(level_weights: Sequence[float] | None, levels: int) -> list[float]:
+    if level_weights is None:
+        return [1.0] * levels
+    weights = [float(w) for w in level_weights]
+    if len(weights) != levels:
+        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(weights)}")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"level_weights: expected finite numbers, got {weights}")
+    return weights
+
+
+def check_normalizer(normalizer: str | float | Tensor | None, like: Tensor, soft: bool) -> None:
+    if normalizer is None:
+        return
+    if isinstance(normalizer, str):
+        check_choice("normalizer", normalizer, NORMALIZERS)
+        if soft:
+            raise ValueError(
+                f"normalizer: {normalizer!r} counts labels, but the targets are soft; expected a number, a tensor or None "
+                "(for one, normalizer=soft_targets.sum())"
+            )
+    elif isinstance(normalizer, Tensor):
+        n = images(like)
+        if shape(normalizer) not in ((), (n,)):
+            raise ValueError(f"normalizer: expected a 0-d tensor or one of shape ({n},), got shape {shape(normalizer)}")
+        if normalizer.requires_grad:
+            raise ValueError("normalizer: is not differentiated, expected requires_grad=False, got requires_grad=True")
+        if normalizer.device != like.device and not (normalizer.dim() == 0 and normalizer.device.type == "cpu"):
+            raise ValueError(f"normalizer: expected the logits' device, {like.device}, got {normalizer.device}")
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer: expected a tensor of real numbers, got {normalizer.dtype}")
+    elif isinstance(normalizer, (int, float)):
+        if not 0 < normalizer < math.inf:
+            raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer}")
+    else:
+        raise TypeError(f"normalizer: expected a string, a number, a tensor or None, got {type(normalizer).__name__}")

@@ -1,0 +1,201 @@
+"""Focal loss as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfocal import arguments, autograd, ops
+
+Levels = Tensor | Sequence[Tensor]
+
+
+def focal_loss(
+    logits: Levels,
+    targets: Levels,
+    *,
+    num_classes: int | None = None,
+    alpha: float | Sequence[float] | Tensor | None = 0.25,
+    gamma: float = 2.0,
+    background_index: int | None = None,
+    ignore_index: int = -1,
+    weight: Levels | None = None,
+    level_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    normalizer: str | float | Tensor | None = "positives",
+    reduction: str = "sum",
+    grad_mode: str = "auto",
+    loss_weight: float = 1.0,
+) -> Tensor | list[Tensor]:
+    r"""Sigmoid focal loss over every level of a feature pyramid, with its gradient, in one pass.
+
+    .. math:: FL(p_t) = -\alpha_t (1 - p_t)^\gamma \log p_t
+
+    Lin et al., *Focal Loss for Dense Object Detection*, 2017 (arXiv:1708.02002), equation 5. In the shapes below: N images, K
+    classes, A anchors a cell, M = H*W*A anchors of a level in the order h, w, a, L levels.
+
+    Args:
+        logits: a tensor, or a sequence with one a level: ``(N, A*K, H, W)`` with channel ``a*K + k``, as a convolution gives
+            it (contiguous and channels_last memory are read in place, other strides are copied once), ``(N, M, K)`` or
+            ``(M, K)``. float32, float16, bfloat16 or float64; one dtype, device, K and N for all levels.
+        targets: integer labels, or soft targets.
+            Labels, a level: ``(N, H, W, A)`` or ``(N, M)`` (for 4-D logits; ``(N, H, W)`` too when A is 1), ``(N, M)`` (3-D)
+            or ``(M,)`` (2-D); or one tensor ``(N, sum M)`` over all levels. uint8, int8, int16, int32 or int64, any strides.
+            Soft targets: floating, of the logits' shapes, values in [0, 1] (not checked). ``1 - p_t = p + y - 2 p y``, as
+            torchvision has it.
+        num_classes: K; needed with 4-D logits and labels, else the last dimension (the channels of 4-D soft targets).
+        alpha: weight of a positive, ``1 - alpha`` of a negative; None or a negative number: neither is weighted; K numbers or
+            a tensor ``(K,)``: one alpha a class.
+        gamma: focusing parameter, any finite number >= 0.
+        background_index: the label that means background; None means K. With 0 the classes are the labels 1..K, with
+            anything else 0..K-1.
+        ignore_index: anchors with this label have zero loss and zero gradient whatever their logits are, and do not count.
+        weight: a weight for each anchor, shaped as labels may be.
+        level_weights: L numbers, one for each level.
+        label_smoothing: s in [0, 1]; the target inside the cross entropy becomes ``y (1 - s) + s / 2``, alpha and the
+            modulating factor keep y (as in apex and effdet).
+        normalizer: what the sum is divided by. ``"positives"``: max(1, positives over all levels and images);
+            ``"positives_per_image"``: each image by its own max(1, count), then the mean over images (torchvision's
+            RetinaNet); None: 1; a number > 0; a 0-d tensor; a tensor ``(N,)``, a divisor for each image. Tensors stay on their
+            device and are used as they are.
+        reduction: ``"sum"``; ``"level"``, ``(L,)``; ``"image"``, ``(N,)``; ``"none"``, a tensor or a list shaped as the logits;
+            all of these add up to the first. ``"mean"``: the sum over the number of logits of anchors not ignored, without
+            the normalizer.
+        grad_mode: ``"save"``: forward writes the finished gradient, backward hands it on; ``"recompute"``: forward only
+            reads, backward computes the gradient from the logits, so these must stay unchanged until then; ``"inplace"``: as
+            save, over the logits' own memory (which is theirs no more; not for leaves that require grad); ``"auto"``: save,
+            but recompute for float16, where a small gradient stored before the loss scale meets it would round to zero, and
+            for reduction "none".
+        loss_weight: a factor of the whole loss.
+
+    Returns:
+        float32 (float64 for float64 logits), or the logits' dtype with reduction "none". Gradients have the dtype and the
+        strides of their (dense) logits. No operation here synchronises with the host.
+
+    Raises:
+        ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A
+            label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
+    """
+    single = isinstance(logits, Tensor)
+    soft = isinstance(targets, Tensor) and targets.is_floating_point()
+    soft = soft or (not isinstance(targets, Tensor) and any(isinstance(t, Tensor) and t.is_floating_point() for t in targets))
+    levels, classes = arguments.check_logits(logits, num_classes, need_classes=not soft)
+    arguments.check_numbers(gamma, label_smoothing, loss_weight)
+    arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
+    arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
+    background = arguments.check_indices(background_index, ignore_index, classes)
+    arguments.check_normalizer(None if reduction == "mean" else normalizer, levels[0], soft)
+    scales = [loss_weight * w for w in arguments.check_level_weights(level_weights, len(levels))]
+    positive, negative, class_alpha = arguments.check_alpha(alpha, classes, levels[0])
+    mode = resolve_mode(grad_mode, reduction, levels)
+    levels = arguments.dense(levels)
+    anchor_weight = None if weight is None else arguments.check_weight(weight, levels, classes)
+
+    # The normalizer: a number is folded into the scales, everything else is a divisor on the logits' device.
+    divisor: Tensor | None = None
+    count = ops.COUNT_NOTHING
+    number = 1.0
+    if reduction == "mean":
+        if soft:
+            number = float(max(1, sum(t.numel() for t in levels)))
+        count = ops.COUNT_LOGITS
+    elif normalizer == "positives":
+        count = ops.COUNT_POSITIVES
+    elif normalizer == "positives_per_image":
+        count = ops.COUNT_POSITIVES_PER_IMAGE
+        number = float(max(1, ops.images(levels[0])))
+    elif isinstance(normalizer, Tensor):
+        divisor = normalizer.to(levels[0].device, torch.float64, non_blocking=True).contiguous()
+    elif normalizer is not None:
+        number = float(normalizer)
+    if number != 1.0:
+        scales = [scale / number for scale in scales]
+
+    codes: Tensor | None = None
+    soft_targets: list[Tensor] = []
+    if soft:
+        soft_targets = arguments.check_soft_targets(targets, levels)
+    else:
+        labels = arguments.check_labels(targets, levels, classes)
+        codes, counted = ops.library.label_codes(labels, levels, classes, background, ignore_index, count, 1.0)
+        if count != ops.COUNT_NOTHING:
+            divisor = counted
+
+    plan = autograd.Plan(
+        level_scales=scales,
+        positive_weight=positive,
+        negative_weight=negative,
+        gamma=float(gamma),
+        label_smoothing=float(label_smoothing),
+        num_classes=classes,
+        reduction={"level": ops.LEVEL, "image": ops.IMAGE, "none": ops.NONE}.get(reduction, ops.SUM),
+    )
+    operands = autograd.Operands(codes, anchor_weight, class_alpha, divisor)
+    losses = autograd.focal_loss(mode, plan, operands, levels, soft_targets)
+    if reduction == "none" and not single:
+        return list(losses)
+    return losses[0]
+
+
+def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:
+    """What "auto" means, and whether "inplace" may be."""
+    if grad_mode == "auto":
+        return "recompute" if levels[0].dtype == torch.float16 or reduction == "none" else "save"
+    if grad_mode == "inplace" and torch.is_grad_enabled():
+        for i, t in enumerate(levels):
+            if t.requires_grad and t.is_leaf:
+                raise ValueError(
+                    f'grad_mode: "inplace" overwrites the logits, but logits[{i}] is a leaf that requires grad; expected the '
+                    "output of an operation, such as a convolution"
+                )
+            if t.requires_grad and t._is_view() is False and not arguments.dense([t])[0] is t:
+                raise ValueError(
+                    f'grad_mode: "inplace" needs contiguous or channels_last memory, got logits[{i}] with strides {t.stride()}'
+                )
+    return grad_mode
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "none"
+) -> Tensor:
+    """torchvision.ops.sigmoid_focal_loss, computed by the fused kernels.
+
+    Args:
+        inputs: logits of any shape, floating.
+        targets: of the same shape, values in [0, 1], floating; not differentiated.
+        alpha: weight of positives in [0, 1], or -1 for no weighting.
+        gamma: exponent of the modulating factor, >= 0.
+        reduction: "none", "mean" (over the elements) or "sum".
+
+    Returns:
+        A tensor of the inputs' dtype: of their shape for "none", 0-d for "mean" and "sum".
+
+    Raises:
+        ValueError: alpha or reduction is not one of the above, with torchvision's words.
+    """
+    if not 0 <= alpha <= 1 and alpha != -1:
+        raise ValueError(f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore.")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: 'none', 'mean', 'sum'")
+    if targets.shape != inputs.shape:
+        raise ValueError(f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})")
+    logits, soft = inputs, targets
+    if inputs.dim() != 4:  # 4-D is read in place, channels_last too
+        logits, soft = inputs.reshape(-1, 1), targets.reshape(-1, 1)
+    loss = focal_loss(
+        logits,
+        soft,
+        num_classes=1,
+        alpha=alpha,
+        gamma=gamma,
+        normalizer=float(inputs.numel()) if reduction == "mean" and inputs.numel() else None,
+        reduction="none" if reduction == "none" else "sum",
+    )
+    assert isinstance(loss, Tensor)
+    if reduction == "none":
+        return loss.view(inputs.shape)
+    if reduction == "mean" and inputs.numel() == 0:
+        return loss * float("nan")
+    return loss.to(inputs.dtype)

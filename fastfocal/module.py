@@ -1,0 +1,109 @@
+"""Focal loss as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastfocal import arguments
+from fastfocal.functional import Levels, focal_loss
+
+
+class FastFocalLoss(nn.Module):
+    """Sigmoid focal loss over every level of a feature pyramid; see :func:`fastfocal.focal_loss` for the arguments.
+
+    >>> criterion = FastFocalLoss(num_classes=80)
+    >>> loss = criterion(cls_logits, labels)  # list of (N, A*80, H, W); (N, sum of H*W*A) labels
+    >>> loss.backward()
+
+    Args:
+        num_classes: K, the foreground classes.
+        alpha, gamma, background_index, ignore_index, level_weights, label_smoothing, normalizer, reduction, grad_mode,
+            loss_weight: as :func:`fastfocal.focal_loss` takes them.
+        sync_normalizer: mean of the count over the ranks of the default process group; not there yet.
+        ema_momentum: running mean of the normalizer; not there yet.
+
+    Raises:
+        ValueError, TypeError: as :func:`fastfocal.focal_loss`; what can be checked without tensors is checked here already.
+        NotImplementedError: sync_normalizer or ema_momentum is given.
+    """
+
+    class_alpha: Tensor | None
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        alpha: float | Sequence[float] | Tensor | None = 0.25,
+        gamma: float = 2.0,
+        background_index: int | None = None,
+        ignore_index: int = -1,
+        level_weights: Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+        normalizer: str | float | Tensor | None = "positives",
+        reduction: str = "sum",
+        grad_mode: str = "auto",
+        loss_weight: float = 1.0,
+        sync_normalizer: bool = False,
+        ema_momentum: float | None = None,
+    ) -> None:
+        super().__init__()
+        if sync_normalizer or ema_momentum is not None:
+            name = "sync_normalizer" if sync_normalizer else "ema_momentum"
+            raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
+        if not isinstance(num_classes, int) or num_classes < 1:
+            raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+        arguments.check_numbers(gamma, label_smoothing, loss_weight)
+        arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
+        arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
+        arguments.check_indices(background_index, ignore_index, num_classes)
+        if isinstance(normalizer, str):
+            arguments.check_choice("normalizer", normalizer, arguments.NORMALIZERS)
+        _, _, class_alpha = arguments.check_alpha(alpha, num_classes, torch.empty(0))
+        # Per class it moves with the module and is no part of its state.
+        self.register_buffer("class_alpha", class_alpha, persistent=False)
+        self.num_classes = num_classes
+        self.alpha = None if class_alpha is not None else alpha
+        self.gamma = gamma
+        self.background_index = background_index
+        self.ignore_index = ignore_index
+        self.level_weights = None if level_weights is None else [float(w) for w in level_weights]
+        self.label_smoothing = label_smoothing
+        self.normalizer = normalizer
+        self.reduction = reduction
+        self.grad_mode = grad_mode
+        self.loss_weight = loss_weight
+
+    def forward(
+        self,
+        logits: Levels,
+        targets: Levels,
+        weight: Levels | None = None,
+        normalizer: str | float | Tensor | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
+        return focal_loss(
+            logits,
+            targets,
+            num_classes=self.num_classes,
+            alpha=self.alpha if self.class_alpha is None else self.class_alpha,
+            gamma=self.gamma,
+            background_index=self.background_index,
+            ignore_index=self.ignore_index,
+            weight=weight,
+            level_weights=self.level_weights,
+            label_smoothing=self.label_smoothing,
+            normalizer=self.normalizer if normalizer is None else normalizer,
+            reduction=self.reduction,
+            grad_mode=self.grad_mode,
+            loss_weight=self.loss_weight,
+        )
+
+    def extra_repr(self) -> str:
+        alpha = self.alpha if self.class_alpha is None else "per class"
+        return (
+            f"num_classes={self.num_classes}, alpha={alpha}, gamma={self.gamma}, normalizer={self.normalizer!r}, "
+            f"reduction={self.reduction!r}, grad_mode={self.grad_mode!r}"
+        )

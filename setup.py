@@ -1,0 +1,283 @@
+"""Builds fastfocal._C: C++ always, CUDA wherever nvcc is.
+
+Switches, all environment variables:
+  FASTFOCAL_CUDA=0|1     0: no CUDA; 1: fail where it cannot be compiled. Default: CUDA if nvcc is found.
+  TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX"; default: every architecture below that nvcc knows, and PTX of the newest.
+  CUDA_HOME, CXX, MAX_JOBS, NVCC_APPEND_FLAGS   as usual.
+
+Only torch's stable ABI is used: its headers, and the C symbols of libtorch_cpu, which every build of torch has. So the torch
+of the environment that is being installed into will do, even from within pip's isolated build. It is not imported.
+"""
+
+import importlib.machinery
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = (ROOT / "VERSION").read_text().strip()
+TORCH_MINIMUM = (2, 10)
+TARGET = "0x020A000000000000"  # the stable ABI of torch 2.10
+DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+X86_FLAGS = {
+    # GCC 12's own AVX-512 headers warn about the undefined operand they mean (its bug 105593).
+    "focal_loss_avx512.cpp": [
+        *["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"],
+        *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
+    ],
+    "focal_loss_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def fail(message: str) -> None:
+    sys.exit(f"fastfocal: {message}")
+
+
+# torch ----------------------------------------------------------------------------------------------------------------
+
+
+def find_torch() -> Path | None:
+    """The installed torch: of this interpreter, or of the environment around an isolated build."""
+    where = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    # Inside pip's isolated build sys.prefix is still the real one, but sitecustomize has taken site-packages off sys.path.
+    spec = importlib.machinery.PathFinder.find_spec("torch", where)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    torch = Path(next(iter(spec.submodule_search_locations)))
+    return torch if (torch / "include" / "torch" / "headeronly").is_dir() or (torch / "version.py").is_file() else None
+
+
+def torch_version(torch: Path) -> str:
+    match = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
+    return match.group(1) if match else "0"
+
+
+def check_torch(torch: Path) -> str:
+    version = torch_version(torch)
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if numbers < TORCH_MINIMUM:
+        fail(
+            f"torch {version} is too old: torch >= {'.'.join(map(str, TORCH_MINIMUM))} is needed, "
+            'the first with the whole stable ABI (pip install --upgrade "torch>=2.10")'
+        )
+    return version
+
+
+# compilers ------------------------------------------------------------------------------------------------------------
+
+
+def find_compiler() -> str:
+    name = os.environ.get("CXX", "c++" if shutil.which("c++") else "g++")
+    if shutil.which(name.split()[0]) is None:
+        fail(f"no C++ compiler: {name!r} was not found; install g++ or clang++, or name one in CXX")
+    return name
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        nvcc = Path(home) / "bin" / "nvcc"
+        return str(nvcc) if nvcc.is_file() else None
+    found = shutil.which("nvcc")
+    if found:
+        return found
+    usual = Path("/usr/local/cuda/bin/nvcc")
+    return str(usual) if usual.is_file() else None
+
+
+def nvcc_facts(nvcc: str) -> tuple[str, set[str]]:
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+\.\d+)", release)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    archs = {f"{n[:-1]}.{n[-1]}" for n in re.findall(r"compute_(\d+)\b", known)}
+    return (match.group(1) if match else "unknown"), archs
+
+
+def cuda_archs(known: set[str]) -> list[str]:
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        archs = [a for a in re.split(r"[;,\s]+", asked) if a]
+        for arch in archs:
+            if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
+                fail(f"TORCH_CUDA_ARCH_LIST: {arch!r} is no compute capability such as 8.6 or 9.0+PTX")
+        return archs
+    archs = [a for a in DEFAULT_ARCHS if a in known]
+    if archs:
+        archs[-1] += "+PTX"
+    return archs
+
+
+def gencode(archs: list[str]) -> list[str]:
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class Cuda:
+    """What was decided about CUDA, once: nvcc, its version and the architectures; falsy without CUDA."""
+
+    def __init__(self) -> None:
+        wish = os.environ.get("FASTFOCAL_CUDA", "")
+        if wish not in ("", "0", "1"):
+            fail(f"FASTFOCAL_CUDA: expected 0 or 1, got {wish!r}")
+        self.nvcc = None if wish == "0" else find_nvcc()
+        self.version, self.archs = "", []
+        if wish == "1" and self.nvcc is None:
+            fail("FASTFOCAL_CUDA=1, but nvcc was not found; install the CUDA toolkit or set CUDA_HOME")
+        if self.nvcc:
+            self.version, known = nvcc_facts(self.nvcc)
+            self.archs = cuda_archs(known)
+            self.why = f"CUDA {self.version} for {' '.join(self.archs)}"
+        else:
+            self.why = "no CUDA (FASTFOCAL_CUDA=0)" if wish == "0" else "no CUDA (nvcc was not found)"
+
+    def __bool__(self) -> bool:
+        return self.nvcc is not None
+
+
+# the build ------------------------------------------------------------------------------------------------------------
+
+
+class NinjaBuild(build_ext):
+    """Compiles every source side by side through ninja, and links."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = find_torch()
+        if torch is None:
+            fail("torch was not found; install it first (pip install torch)")
+        built_for = check_torch(torch)
+        cxx, cuda = find_compiler(), Cuda()
+        print(f"fastfocal {VERSION}: building against torch {built_for} with {cxx} and {cuda.why}", flush=True)
+
+        import pybind11
+
+        out = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        includes = [
+            torch / "include",
+            torch / "include" / "torch" / "csrc" / "api" / "include",
+            Path(sysconfig.get_path("include")),
+            Path(pybind11.get_include()),
+        ]
+        # -isystem: warnings are for our own code.
+        common = [f"-isystem {path}" for path in includes]
+        common += [f"-DTORCH_TARGET_VERSION={TARGET}"]
+        debug = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
+        cflags = [*common, *debug, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+        facts = [
+            f'-DFASTFOCAL_TORCH_VERSION=\\"{built_for}\\"',
+            f'-DFASTFOCAL_CUDA_VERSION=\\"{cuda.version}\\"',
+            f'-DFASTFOCAL_CUDA_ARCHS=\\"{";".join(cuda.archs)}\\"',
+        ]
+        rules = [
+            f"cxx = {cxx}",
+            f"cflags = {' '.join(cflags)}",
+            "rule cxx",
+            "  command = $cxx $cflags $extra -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            "  command = $cxx -shared $in -o $out $ldflags",
+        ]
+        if cuda:
+            # NDEBUG stays undefined: label errors are device-side assertions.
+            flags = [*common, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+            flags += ["--threads=1", *gencode(cuda.archs)]
+            rules += [
+                f"nvcc = {cuda.nvcc}",
+                f"cuda_flags = {' '.join(flags)}",
+                "rule cuda",
+                "  command = $nvcc -ccbin $cxx $cuda_flags -MD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+        objects = []
+        cxx_sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+        cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if cuda else []
+        if cuda:
+            cxx_sources += sorted((ROOT / "csrc" / "cuda").glob("*.cpp"))
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        for source in [*cuda_sources, *cxx_sources]:  # the slow ones first
+            if source.name in X86_FLAGS and not x86:
+                continue
+            target = work / source.parent.name / (source.name + ".o")
+            objects.append(target)
+            rules.append(f"build {ninja_path(target)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}")
+            extra = X86_FLAGS.get(source.name, []) + (facts if source.name == "library.cpp" else [])
+            if extra:
+                rules.append(f"  extra = {' '.join(extra)}")
+        # No rpath: `import torch` has loaded libtorch_cpu, whichever it is, by the time the module is.
+        ldflags = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
+        if sys.platform == "darwin":
+            ldflags = ["-undefined", "dynamic_lookup"]
+        if cuda:
+            lib = next(
+                (p for p in cudart_folders(cuda.nvcc) if (p / "libcudart_static.a").is_file()),
+                None,
+            )
+            if lib is None:
+                fail(f"libcudart_static.a was not found beside {cuda.nvcc}; install the CUDA runtime's static library")
+            ldflags += [str(lib / "libcudart_static.a"), "-lrt", "-lpthread"]
+            rules.append("")
+        rules.append(f"build {ninja_path(out)}: link {' '.join(ninja_path(o) for o in objects)}")
+        rules.append(f"  ldflags = {' '.join(ldflags)}")
+        (work / "build.ninja").write_text("\n".join(rules) + "\n")
+
+        command = [ninja_command(), "-C", str(work), "-f", "build.ninja"]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        elif jobs() is not None:
+            command += ["-j", str(jobs())]
+        if subprocess.run(command).returncode != 0:
+            fail("the compilation failed; the first error above says where")
+
+
+def jobs() -> int | None:
+    """As many as the cores this process may use: inside a container ninja sees the host's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def ninja_command() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            fail("ninja was not found (pip install ninja)")
+        return found
+
+
+def cudart_folders(nvcc: str) -> list[Path]:
+    homes = [Path(nvcc).resolve().parent.parent]
+    if os.environ.get("CUDA_HOME"):
+        homes.insert(0, Path(os.environ["CUDA_HOME"]))
+    homes.append(Path("/usr/local/cuda"))
+    return [h / sub for h in homes for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
+
+
+setup(
+    ext_modules=[Extension("fastfocal._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+    # pip reads this as get_requires_for_build_wheel: torch is fetched for the build only where none is installed.
+    setup_requires=[] if find_torch() else [f"torch>={'.'.join(map(str, TORCH_MINIMUM))}"],
+)
