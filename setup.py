@@ -101,6 +101,16 @@ def nvcc_facts(nvcc: str) -> tuple[str, set[str]]:
     return (match.group(1) if match else "unknown"), archs
 
 
+def toolkit_folders(nvcc: str) -> tuple[list[str], list[str]]:
+    """The toolkit's include and library folders, asked of nvcc itself: it may be a wrapper, or a distribution's own layout."""
+    said = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    folders = {}
+    for flag, variable in (("-I", "INCLUDES"), ("-L", "LIBRARIES")):
+        line = next((x for x in said.splitlines() if x.startswith(f"#$ {variable}=")), "")
+        folders[flag] = re.findall(rf'"?{flag}([^"\s]+)"?', line)
+    return folders["-I"], folders["-L"]
+
+
 def cuda_archs(known: set[str]) -> list[str]:
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if asked:
@@ -139,6 +149,7 @@ class Cuda:
         if self.nvcc:
             self.version, known = nvcc_facts(self.nvcc)
             self.archs = cuda_archs(known)
+            self.includes, self.libraries = toolkit_folders(self.nvcc)
             self.why = f"CUDA {self.version} for {' '.join(self.archs)}"
         else:
             self.why = "no CUDA (FASTFOCAL_CUDA=0)" if wish == "0" else "no CUDA (nvcc was not found)"
@@ -190,8 +201,10 @@ class NinjaBuild(build_ext):
             "  command = $cxx $cflags $extra -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "  description = C++ $in",
             "rule link",
             "  command = $cxx -shared $in -o $out $ldflags",
+            "  description = link $out",
         ]
         if cuda:
             # NDEBUG stays undefined: label errors are device-side assertions.
@@ -204,6 +217,7 @@ class NinjaBuild(build_ext):
                 "  command = $nvcc -ccbin $cxx $cuda_flags -MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
+                "  description = CUDA $in",
             ]
         objects = []
         cxx_sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
@@ -218,6 +232,8 @@ class NinjaBuild(build_ext):
             objects.append(target)
             rules.append(f"build {ninja_path(target)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}")
             extra = X86_FLAGS.get(source.name, []) + (facts if source.name == "library.cpp" else [])
+            if source.suffix == ".cpp" and source.parent.name == "cuda":
+                extra += [f"-isystem {folder}" for folder in cuda.includes]
             if extra:
                 rules.append(f"  extra = {' '.join(extra)}")
         # No rpath: `import torch` has loaded libtorch_cpu, whichever it is, by the time the module is.
@@ -225,14 +241,10 @@ class NinjaBuild(build_ext):
         if sys.platform == "darwin":
             ldflags = ["-undefined", "dynamic_lookup"]
         if cuda:
-            lib = next(
-                (p for p in cudart_folders(cuda.nvcc) if (p / "libcudart_static.a").is_file()),
-                None,
-            )
-            if lib is None:
-                fail(f"libcudart_static.a was not found beside {cuda.nvcc}; install the CUDA runtime's static library")
-            ldflags += [str(lib / "libcudart_static.a"), "-lrt", "-lpthread"]
-            rules.append("")
+            static = next((p for f in cuda.libraries if (p := Path(f) / "libcudart_static.a").is_file()), None)
+            if static is None:
+                fail(f"libcudart_static.a was not found in {cuda.libraries}; install the CUDA runtime's static library")
+            ldflags += [str(static), "-lrt", "-lpthread"]
         rules.append(f"build {ninja_path(out)}: link {' '.join(ninja_path(o) for o in objects)}")
         rules.append(f"  ldflags = {' '.join(ldflags)}")
         (work / "build.ninja").write_text("\n".join(rules) + "\n")
@@ -265,14 +277,6 @@ def ninja_command() -> str:
         if found is None:
             fail("ninja was not found (pip install ninja)")
         return found
-
-
-def cudart_folders(nvcc: str) -> list[Path]:
-    homes = [Path(nvcc).resolve().parent.parent]
-    if os.environ.get("CUDA_HOME"):
-        homes.insert(0, Path(os.environ["CUDA_HOME"]))
-    homes.append(Path("/usr/local/cuda"))
-    return [h / sub for h in homes for sub in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")]
 
 
 setup(

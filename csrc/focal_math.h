@@ -41,21 +41,6 @@
 namespace fastfocal {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Polynomials. Minimax fits (Remez), relative error in the comment, coefficients from the lowest power up.
-
-namespace poly {
-// exp(f), |f| <= ln(2) / 2: 2e-9
-constexpr float kExp[7] = {1.00000000055f,   1.00000003632f,   0.499999920802f,  0.166664201704f,
-                           0.0416682254849f, 0.00837481576947f, 0.00138368507032f};
-// log(1 + e) / e - 1 over e, e in [0, 1]: 5e-9
-constexpr float kLog1p[9] = {-0.499999327628f, 0.333305113047f,  -0.249585872982f, 0.196954000457f, -0.153553952088f,
-                             0.10680554136f,   -0.057664434711f, 0.0202045817826f, -0.00331847222864f};
-// log(1 + f) / f, 1 + f in [sqrt(1/2), sqrt(2)]: 4e-9
-constexpr float kLog[10] = {1.00000000067f,  -0.499999883243f, 0.333333023963f,  -0.25001570957f,  0.200032066928f,
-                            -0.166103423602f, 0.141607208363f,  -0.132122602684f, 0.130191541452f, -0.078308253961f};
-}  // namespace poly
-
-// ---------------------------------------------------------------------------------------------------------------------
 // float and double
 
 FASTFOCAL_HD double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
@@ -119,7 +104,7 @@ FASTFOCAL_HD float power_of_two(float n) { return bit_cast<float>(uint32_t(int32
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// exp and log1p by polynomial, for any width of float
+// Polynomials, for any width of float. Minimax fits (Remez); each says its relative error; coefficients from the lowest power.
 
 template <class V, int kTerms>
 FASTFOCAL_HD V horner(V x, const float (&c)[kTerms]) {
@@ -131,6 +116,30 @@ FASTFOCAL_HD V horner(V x, const float (&c)[kTerms]) {
   return y;
 }
 
+// exp(f), |f| <= ln(2) / 2: 2e-9
+template <class V>
+FASTFOCAL_HD V exp_polynomial(V f) {
+  constexpr float c[] = {1.00000000055f,   1.00000003632f,   0.499999920802f,  0.166664201704f,
+                         0.0416682254849f, 0.00837481576947f, 0.00138368507032f};
+  return horner(f, c);
+}
+
+// log(1 + e) / e - 1 over e, e in [0, 1]: 5e-9
+template <class V>
+FASTFOCAL_HD V log1p_polynomial(V e) {
+  constexpr float c[] = {-0.499999327628f, 0.333305113047f, -0.249585872982f, 0.196954000457f, -0.153553952088f,
+                         0.10680554136f,   -0.057664434711f, 0.0202045817826f, -0.00331847222864f};
+  return horner(e, c);
+}
+
+// log(1 + f) / f, 1 + f in [sqrt(1/2), sqrt(2)]: 4e-9
+template <class V>
+FASTFOCAL_HD V log_polynomial(V f) {
+  constexpr float c[] = {1.00000000067f,  -0.499999883243f, 0.333333023963f,  -0.25001570957f, 0.200032066928f,
+                         -0.166103423602f, 0.141607208363f, -0.132122602684f, 0.130191541452f, -0.078308253961f};
+  return horner(f, c);
+}
+
 // exp(hi + lo) for hi <= 0: hi = n ln 2 + f by two fused steps, so that f is exact however large n is. ln 2's leading part
 // has few bits: n times it is exact even where there is no fused multiply-add.
 template <class V>
@@ -139,12 +148,12 @@ FASTFOCAL_HD V exp_of_sum_by_polynomial(V hi, V lo) {
   const V n = round_small(hi * V(1.44269504f));
   V f = fused_multiply_add(n, V(-0.693145752f), hi);
   f = fused_multiply_add(n, V(-1.42860677e-6f), f) + lo;
-  return horner(f, poly::kExp) * power_of_two(n);
+  return exp_polynomial(f) * power_of_two(n);
 }
 
 template <class V>
 FASTFOCAL_HD V log1p_unit_by_polynomial(V e) {
-  return fused_multiply_add(e * e, horner(e, poly::kLog1p), e);
+  return fused_multiply_add(e * e, log1p_polynomial(e), e);
 }
 
 FASTFOCAL_HD float log1p_unit(float e) { return log1p_unit_by_polynomial(e); }

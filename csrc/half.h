@@ -15,10 +15,12 @@
 namespace fastfocal {
 
 struct Half {
+  static constexpr bool kIsBFloat16 = false;
   uint16_t bits;
 };
 
 struct BFloat16 {
+  static constexpr bool kIsBFloat16 = true;
   uint16_t bits;
 };
 

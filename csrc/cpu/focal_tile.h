@@ -22,7 +22,7 @@ inline Vec log_positive(Vec w) {
   Vec n, m;
   split_exponent(w, &n, &m);
   const Vec f = m - Vec(1.0f);
-  return fused_multiply_add(n, Vec(0.693145752f), fused_multiply_add(f, horner(f, poly::kLog), n * Vec(1.42860677e-6f)));
+  return fused_multiply_add(n, Vec(0.693145752f), fused_multiply_add(f, log_polynomial(f), n * Vec(1.42860677e-6f)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

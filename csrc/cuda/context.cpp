@@ -1,0 +1,48 @@
+#include "context.h"
+
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+
+namespace fastfocal::cuda {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+using GetStream = AOTITorchError (*)(int32_t, void**);
+
+// Looked up in the libtorch_cuda that is already loaded, not linked, so that the same module loads where torch has no CUDA.
+GetStream find_get_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* symbol = dlsym(RTLD_DEFAULT, kName);
+  if (symbol == nullptr) {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    if (library != nullptr) symbol = dlsym(library, kName);
+  }
+  return reinterpret_cast<GetStream>(symbol);
+}
+
+}  // namespace
+
+Context::Context(const torch::stable::Tensor& like) : device(like.get_device_index()) {
+  static const GetStream get_stream = find_get_stream();
+  STD_TORCH_CHECK(get_stream != nullptr, "fastfocal: this torch has no CUDA");
+  guard_ = new DeviceGuard(device);
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(get_stream(device, &current));
+  stream = static_cast<cudaStream_t>(current);
+  static std::atomic<int> known[kMaxDevices];
+  multiprocessors = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (multiprocessors == 0) {
+    const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    STD_TORCH_CHECK(error == cudaSuccess, "fastfocal: ", cudaGetErrorString(error));
+    if (device < kMaxDevices) known[device].store(multiprocessors, std::memory_order_relaxed);
+  }
+}
+
+Context::~Context() { delete static_cast<DeviceGuard*>(guard_); }
+
+}  // namespace fastfocal::cuda

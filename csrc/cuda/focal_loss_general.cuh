@@ -1,0 +1,98 @@
+// The general kernel: soft targets, weights for each anchor or class, label smoothing, elementwise losses and incoming
+// gradients, float64. A thread takes one logit at a time.
+#pragma once
+
+#include "../focal_math.h"
+#include "../levels.h"
+#include "kernels.h"
+#include "launch.h"
+
+namespace fastfocal::cuda {
+namespace {
+
+template <class T, class S, class Formula, bool kSoft>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kernel(const __grid_constant__ Call call) {
+  __shared__ Tile shared_tile;
+  __shared__ TileMap shared_map;
+
+  const Formula formula{S(call.gamma), S(call.label_smoothing / 2)};
+  const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
+  const int64_t last = first_item(call.levels.tiles, blockIdx.x + 1);
+  for (int64_t index = first_item(call.levels.tiles, blockIdx.x); index < last; ++index) {
+    __syncthreads();  // the last tile is done
+    if (threadIdx.x == 0) {
+      shared_tile = tile_at(call.levels, index);
+      shared_map = TileMap(call.levels, shared_tile);
+    }
+    __syncthreads();
+    const Tile tile = shared_tile;
+    const TileMap map = shared_map;
+    const Level& level = call.levels.level[tile.level];
+    if (!sums && level.out == nullptr) continue;
+    const int64_t base = tile.image * level.image_logits;
+    const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
+    const S scale = S(scale_of<S>(call, tile.level, tile.image));
+
+    S sum = S(0);
+    for (int64_t j = tile.begin + threadIdx.x; j < tile.end; j += kThreads) {
+      const Place place = map.at(uint32_t(j - tile.begin));
+      const int64_t anchor = anchor_base + place.anchor;
+      const S x = to_float(static_cast<const T*>(level.logits)[base + j]);
+      const S positive = positive_weight<S>(call, place.k), negative = negative_weight<S>(call, place.k);
+      S weight = scale;
+      if (call.anchor_weight != nullptr) weight *= static_cast<const S*>(call.anchor_weight)[anchor];
+      Term<S> t;
+      bool ignored = false;
+      if constexpr (kSoft) {
+        const S y = call.wide_soft_targets ? S(static_cast<const float*>(level.soft_targets)[base + j])
+                                           : S(to_float(static_cast<const T*>(level.soft_targets)[base + j]));
+        t = formula.soft(x, y);
+        weight *= negative + y * (positive - negative);
+      } else {
+        const int code = code_at(call, anchor);
+        ignored = code == kIgnored;
+        t = code == place.k ? formula.positive(x) : formula.negative(x);
+        weight *= code == place.k ? positive : negative;
+      }
+      const S loss = ignored ? S(0) : t.loss * weight;
+      S slope = ignored ? S(0) : t.slope * weight;
+      sum += loss;
+      if (level.out != nullptr) {
+        if (call.incoming_elements) slope *= S(to_float(static_cast<const T*>(level.incoming)[base + j]));
+        const S y = call.output == Output::kElementLoss ? loss : slope;
+        if constexpr (sizeof(T) == sizeof(double)) {
+          static_cast<T*>(level.out)[base + j] = y;
+        } else {
+          static_cast<T*>(level.out)[base + j] = from_float<T>(y);
+        }
+      }
+    }
+    if (sums) {
+      const double total = block_sum(double(sum));
+      if (threadIdx.x == 0) call.partial[index] = total;
+    }
+  }
+}
+
+template <class T, class S, class Formula, bool kSoft>
+void launch_general(const Call& call, const Context& context) {
+  static std::atomic<int> known[kMaxDevices];
+  const int64_t resident = resident_blocks(general_kernel<T, S, Formula, kSoft>, known, context);
+  launch(general_kernel<T, S, Formula, kSoft>, call.levels.tiles < resident ? call.levels.tiles : resident, context, call);
+}
+
+template <class T, class S, class Formula>
+void run_formula(const Call& call, const Context& context) {
+  call.soft ? launch_general<T, S, Formula, true>(call, context) : launch_general<T, S, Formula, false>(call, context);
+}
+
+template <class T, class S>
+void run_general(const Call& call, const Context& context) {
+  if (call.label_smoothing != 0) return run_formula<T, S, FocalLoss<S, Gamma::kAny, true>>(call, context);
+  if (sizeof(S) == sizeof(float) && call.gamma == 2.0)
+    return run_formula<T, S, FocalLoss<S, Gamma::kTwo, false>>(call, context);
+  run_formula<T, S, FocalLoss<S, Gamma::kAny, false>>(call, context);
+}
+
+}  // namespace
+}  // namespace fastfocal::cuda
