@@ -171,15 +171,39 @@ struct Term {
   V slope;  // its derivative by the logit
 };
 
+template <class V>
+FASTFOCAL_HD V smallest_normal() {
+  return V(FLT_MIN);
+}
+template <>
+FASTFOCAL_HD double smallest_normal<double>() {
+  return DBL_MIN;
+}
+
+// A cross entropy is clamped to this where something that vanishes multiplies it: 0 * inf would be NaN.
+constexpr double kLarge = 1e30;
+
+// A loss times a weight; a weight of 0 beats an infinite loss (but not NaN).
+template <class V, class W>
+FASTFOCAL_HD V weigh(V loss, W weight) {
+  return select(absolute(V(weight)) < smallest_normal<V>(), at_most(loss, V(kLarge)), loss) * V(weight);
+}
+
 enum class Gamma { kTwo, kAny };
 
 // The policy the kernels take: a member of the family gives a struct with negative(x), positive(x), soft(x, y) and the
 // scalar type. Further members (star, quality, varifocal, asymmetric) are further structs; the kernels stay as they are.
 template <class S, Gamma kGamma, bool kSmoothing>
 struct FocalLoss {
-  using Scalar = S;
   S gamma;
-  S half_smoothing;  // h = label_smoothing / 2; read only with kSmoothing
+  S half_smoothing;  // h; read only with kSmoothing
+  S log_q_least;     // below this ln q, q^gamma is 0: clamped there, infinite logits need no case of their own
+
+  FocalLoss() = default;
+  FASTFOCAL_HD FocalLoss(S gamma_, S label_smoothing) : gamma(gamma_), half_smoothing(label_smoothing / 2) {
+    const S exponent = sizeof(S) == sizeof(double) ? S(-1000) : S(-200);
+    log_q_least = gamma * S(1e30) > -exponent ? exponent / gamma : S(-1e30);
+  }
 
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x) const {
@@ -204,32 +228,26 @@ struct FocalLoss {
     const V sum = fused_multiply_add(e, one - u, u);  // u + e (1 - u)
     const V w = r * sum;
     const V v = kSmoothing ? fused_multiply_add(u, V(S(1) - 2 * half_smoothing), V(half_smoothing)) : u;
-    const V ce = log1p_unit(e) + select(v < V(tiny(S(0))), zero, magnitude * v);  // not 0 * inf
+    const V ce = log1p_unit(e) + select(v < smallest_normal<V>(), zero, magnitude * v);  // not 0 * inf
     V power;
     if constexpr (kGamma == Gamma::kTwo) {
       power = w * w;
     } else {
-      const V log_w = log_positive(at_least(w, V(tiny(S(0)))));
-      const V any = select(w < V(tiny(S(0))), zero, exp_of_sum(V(gamma) * log_w, zero));
-      power = select(V(gamma) < V(tiny(S(0))), one, any);
+      const V log_w = log_positive(at_least(w, smallest_normal<V>()));
+      const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(V(gamma) * log_w, zero));
+      power = select(V(gamma) < smallest_normal<V>(), one, any);
     }
-    const V ratio = er * reciprocal(at_least(sum, V(tiny(S(0)))));  // p (1 - p) / w
-    const V bend = (V(gamma) * ratio) * at_most(ce, V(largest(S(0))));
+    const V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w
+    const V bend = (V(gamma) * ratio) * at_most(ce, V(S(kLarge)));
     const V slope = power * fused_multiply_add(bend, u + u - one, v - er);
     const V loss = power * at_most_where_zero(ce, power);
     return {loss, select(left, zero - slope, slope)};
   }
 
  private:
-  FASTFOCAL_HD static float largest(float) { return FLT_MAX; }
-  FASTFOCAL_HD static double largest(double) { return DBL_MAX; }
-  FASTFOCAL_HD static float tiny(float) { return FLT_MIN; }
-  FASTFOCAL_HD static double tiny(double) { return DBL_MIN; }
-
-  // 0 * inf is 0 here: the power vanishes faster than the cross entropy grows.
   template <class V>
   FASTFOCAL_HD static V at_most_where_zero(V ce, V power) {
-    return select(power < V(tiny(S(0))), at_most(ce, V(largest(S(0)))), ce);
+    return select(power < smallest_normal<V>(), at_most(ce, V(S(kLarge))), ce);
   }
 
   template <class V>
@@ -248,7 +266,7 @@ struct FocalLoss {
       power = q * q;
     } else {
       // gamma ln q with the rounding errors of both steps carried: exp() would magnify them by up to 87.
-      const V below = at_least(at_most(z, zero), V(S(-1e30)));  // finite, so that gamma = 0 gives 0
+      const V below = at_least(at_most(z, zero), V(log_q_least));
       const V log_q = below - l;
       const V log_q_error = (below - log_q) - l;
       const V hi = V(gamma) * log_q;
@@ -259,12 +277,11 @@ struct FocalLoss {
     if constexpr (kSmoothing) {
       const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
       const V ce = fused_multiply_add(absolute(z), u, l);
-      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(largest(S(0)))), q - V(half_smoothing));
+      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q - V(half_smoothing));
       return {power * at_most_where_zero(ce, power), slope};
     } else {
       const V ce = at_least(z, zero) + l;
-      // ce is clamped for an infinite z: p ce is 0 there, and 0 * inf would be NaN.
-      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(largest(S(0)))), q);
+      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q);
       return {power * ce, slope};
     }
   }

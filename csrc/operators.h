@@ -41,7 +41,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
       "label_codes(Tensor[] labels, Tensor[] logits, int num_classes, int background_index, int ignore_index, int count, "
       "float minimum) -> (Tensor codes, Tensor divisor)");
   m.def("focal_loss(Tensor[] logits, " FASTFOCAL_OPTIONS_SCHEMA ") -> (Tensor[] losses, Tensor[] gradients)");
-  m.def("focal_loss_(Tensor(a!)[] logits, " FASTFOCAL_OPTIONS_SCHEMA ") -> Tensor[] losses");
+  m.def("focal_loss_(Tensor(a!)[] logits, Tensor(b!)[] losses, " FASTFOCAL_OPTIONS_SCHEMA ") -> ()");
   m.def("focal_loss_backward(Tensor[] grad_outputs, Tensor[] logits, " FASTFOCAL_OPTIONS_SCHEMA ") -> Tensor[]");
   m.def("scale_gradients(Tensor[] gradients, Tensor grad_output, int reduction) -> Tensor[]");
   m.def("scale_gradients_(Tensor(a!)[] gradients, Tensor grad_output, int reduction) -> ()");
@@ -180,20 +180,26 @@ struct Operators {
     return {Tensors{loss}, gradients};
   }
 
-  static Tensors focal_loss_(Tensors logits, FASTFOCAL_OPTIONS_PARAMETERS) {
+  // losses: what focal_loss gives, allocated by the caller (torch.compile wants no lists from an operator that mutates).
+  static void focal_loss_(Tensors logits, Tensors losses, FASTFOCAL_OPTIONS_PARAMETERS) {
     const Options options = FASTFOCAL_OPTIONS;
     check(logits, options);
     Tensors over;  // levels that need no gradient keep their logits
     for (size_t l = 0; l < logits.size(); ++l) over.push_back(options.needs(l) ? logits[l] : none_like(logits[l]));
     if (options.reduction == Reduction::kNone) {
-      Tensors losses = like_all(logits);
+      STD_TORCH_CHECK(losses.size() == logits.size(), "losses: expected one a level");
+      for (size_t l = 0; l < logits.size(); ++l) {
+        STD_TORCH_CHECK(losses[l].scalar_type() == logits[l].scalar_type(), "losses[", l, "]: expected the logits' dtype");
+        check_order("losses", losses[l], logits[l]);
+      }
       run_groups(logits, options, Output::kElementLoss, losses, {}, nullptr);
       run_groups(logits, options, Output::kGradient, over, {}, nullptr);
-      return losses;
+      return;
     }
-    const Tensor loss = new_loss(logits, options);
-    run_groups(logits, options, Output::kLossAndGradient, over, {}, &loss);
-    return {loss};
+    STD_TORCH_CHECK(losses.size() == 1, "losses: expected one tensor");
+    check_like("losses", losses[0], logits[0], accumulation_type(logits[0]));
+    STD_TORCH_CHECK(losses[0].numel() == loss_size(logits, options), "losses: expected ", loss_size(logits, options), " numbers");
+    run_groups(logits, options, Output::kLossAndGradient, over, {}, &losses[0]);
   }
 
   static Tensors focal_loss_backward(Tensors grad_outputs, Tensors logits, FASTFOCAL_OPTIONS_PARAMETERS) {
@@ -314,10 +320,15 @@ struct Operators {
     return out;
   }
 
+  static int64_t loss_size(const Tensors& logits, const Options& options) {
+    return options.reduction == Reduction::kLevel   ? static_cast<int64_t>(logits.size())
+           : options.reduction == Reduction::kImage ? images_of(logits[0])
+                                                    : 1;
+  }
+
   static Tensor new_loss(const Tensors& logits, const Options& options) {
     std::vector<int64_t> shape;
-    if (options.reduction == Reduction::kLevel) shape.push_back(static_cast<int64_t>(logits.size()));
-    if (options.reduction == Reduction::kImage) shape.push_back(images_of(logits[0]));
+    if (options.reduction != Reduction::kSum) shape.push_back(loss_size(logits, options));
     return torch::stable::new_empty(logits[0], shape, accumulation_type(logits[0]));
   }
 

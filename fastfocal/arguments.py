@@ -44,7 +44,7 @@ def as_levels(name: str, value: Levels) -> list[Tensor]:
 
 
 def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) -> tuple[list[Tensor], int]:
-    """Returns the levels, dense in memory (copied once where they are not), and K."""
+    """Returns the levels as a list, and K."""
     levels = as_levels("logits", logits)
     if not levels:
         raise ValueError("logits: expected at least one level, got an empty sequence")
@@ -81,12 +81,14 @@ def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) ->
     return levels, num_classes
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether the kernels can read it in place."""
+    return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
+
+
 def dense(levels: list[Tensor]) -> list[Tensor]:
-    """The levels as the kernels read them: in place where contiguous or channels_last, copied once elsewhere."""
-    return [
-        t if t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)) else t.contiguous()
-        for t in levels
-    ]
+    """The levels as the kernels read them: themselves, or copies where their strides are neither of the two natural orders."""
+    return [t if is_dense(t) else t.detach().contiguous() for t in levels]
 
 
 def anchors_of(t: Tensor, num_classes: int) -> int:

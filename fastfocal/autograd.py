@@ -44,28 +44,45 @@ def graph_is_kept() -> bool:
     return True if torch.compiler.is_compiling() or _keep_graph is None else _keep_graph()
 
 
+def in_memory_order_of(gradient: Tensor, like: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
+    """A gradient for logits that were copied, in their own strides as far as dense memory can have them."""
+    return gradient if like is None else torch.empty_strided(*like, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+
+
 class FocalLossFunction(torch.autograd.Function):
     """(logits of every level) -> (loss,), or one elementwise loss a level."""
 
     @staticmethod
-    def forward(ctx: Any, mode: str, plan: Plan, operands: Operands, levels: int, *tensors: Tensor) -> Any:
-        """tensors: the logits of `levels` levels, then their soft targets, if any."""
-        logits, soft_targets = list(tensors[:levels]), list(tensors[levels:])
-        needs_grad = [int(need) for need in ctx.needs_input_grad[4 : 4 + levels]]
+    def forward(
+        ctx: Any,
+        mode: str,
+        plan: Plan,
+        operands: Operands,
+        dense: list[Tensor],
+        soft_targets: list[Tensor],
+        *logits: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """dense: the logits in the memory order that the kernels read; the same tensors but for those copied for it."""
+        needs_grad = [int(need) for need in ctx.needs_input_grad[-len(logits) :]]
         ctx.mode, ctx.plan, ctx.needs_grad = mode, plan, needs_grad
+        ctx.strides = [
+            None if t is d else (tuple(t.shape), torch.empty_like(t, device="meta").stride())
+            for t, d in zip(logits, dense, strict=True)
+        ]
         if mode == "recompute":
-            losses, _ = ops.library.focal_loss(logits, *options(plan, operands, soft_targets, [0] * levels))
-            ctx.levels = levels
+            losses, _ = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, [0] * len(dense)))
             ctx.present = [t is not None for t in operands]
-            ctx.save_for_backward(*tensors, *(t for t in operands if t is not None))
+            ctx.save_for_backward(*dense, *soft_targets, *(t for t in operands if t is not None))
         elif mode == "inplace":
-            losses = ops.library.focal_loss_(logits, *options(plan, operands, soft_targets, needs_grad))
+            losses = ops.new_losses(dense, plan.reduction)
+            ops.library.focal_loss_(dense, losses, *options(plan, operands, soft_targets, needs_grad))
+            overwritten = [t for t, need in zip(dense, needs_grad, strict=True) if need]
             # Whoever saved these logits for a backward of their own must hear that they are gone.
-            torch.autograd.graph.increment_version([t for t, need in zip(logits, needs_grad, strict=True) if need])
-            empty = logits[0].new_empty(0)
-            ctx.save_for_backward(*(t.detach() if need else empty for t, need in zip(logits, needs_grad, strict=True)))
+            torch.autograd.graph.increment_version(overwritten)
+            empty = dense[0].new_empty(0)
+            ctx.save_for_backward(*(t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)))
         else:
-            losses, gradients = ops.library.focal_loss(logits, *options(plan, operands, soft_targets, needs_grad))
+            losses, gradients = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, needs_grad))
             # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
             # without a copy.
             ctx.save_for_backward(*gradients)
@@ -79,41 +96,43 @@ class FocalLossFunction(torch.autograd.Function):
                 "fastfocal.reference supports it"
             )
         plan, needs_grad = ctx.plan, ctx.needs_grad
+        levels = len(needs_grad)
+        gradients = list(ctx.saved_tensors)
         if ctx.mode == "recompute":
-            saved = iter(ctx.saved_tensors)
-            logits = [next(saved) for _ in range(ctx.levels)]
-            soft_targets = [next(saved) for _ in range(len(ctx.saved_tensors) - ctx.levels - sum(ctx.present))]
-            operands = Operands(*(next(saved) if present else None for present in ctx.present))
+            dense, rest = gradients[:levels], gradients[levels:]
+            tensors = iter(rest[len(rest) - sum(ctx.present) :])
+            soft_targets = rest[: len(rest) - sum(ctx.present)]
+            operands = Operands(*(next(tensors) if present else None for present in ctx.present))
             if plan.reduction == ops.NONE:  # the kernel reads the incoming gradients in the logits' order
                 grad_outputs = tuple(
                     g if g.stride() == t.stride() else torch.empty_like(t).copy_(g)
-                    for g, t in zip(grad_outputs, logits, strict=True)
+                    for g, t in zip(grad_outputs, dense, strict=True)
                 )
             gradients = ops.library.focal_loss_backward(
-                list(grad_outputs), logits, *options(plan, operands, soft_targets, needs_grad)
+                list(grad_outputs), dense, *options(plan, operands, soft_targets, needs_grad)
             )
-        else:
+        elif plan.reduction == ops.NONE:
+            wanted = [l for l in range(levels) if needs_grad[l]]
+            products = torch._foreach_mul([gradients[l] for l in wanted], [grad_outputs[l] for l in wanted])
+            for l, product in zip(wanted, products, strict=True):
+                gradients[l] = product
+        elif graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
-            gradients = list(ctx.saved_tensors)
-            keep = graph_is_kept()
-            if plan.reduction == ops.NONE:
-                wanted = [(t, g) for t, g, need in zip(gradients, grad_outputs, needs_grad, strict=True) if need]
-                scaled = iter(torch._foreach_mul(*map(list, zip(*wanted, strict=True))))
-                gradients = [next(scaled) if need else t for t, need in zip(gradients, needs_grad, strict=True)]
-            elif keep:
-                gradients = ops.library.scale_gradients(gradients, grad_outputs[0], plan.reduction)
-            else:
-                ops.library.scale_gradients_(gradients, grad_outputs[0], plan.reduction)
-        found = [t if need else None for t, need in zip(gradients, needs_grad, strict=True)]
-        # forward's other arguments: mode, plan, operands, levels before the logits, soft targets behind them.
-        return (None, None, None, None, *found, *[None] * (len(ctx.needs_input_grad) - 4 - len(found)))
+            gradients = ops.library.scale_gradients(gradients, grad_outputs[0], plan.reduction)
+        else:
+            ops.library.scale_gradients_(gradients, grad_outputs[0], plan.reduction)
+        found = [
+            in_memory_order_of(t, strides) if need else None
+            for t, need, strides in zip(gradients, needs_grad, ctx.strides, strict=True)
+        ]
+        return (None, None, None, None, None, *found)
 
 
 def focal_loss(
-    mode: str, plan: Plan, operands: Operands, logits: list[Tensor], soft_targets: list[Tensor]
+    mode: str, plan: Plan, operands: Operands, logits: list[Tensor], dense: list[Tensor], soft_targets: list[Tensor]
 ) -> tuple[Tensor, ...]:
     """The operator, recorded by autograd where a gradient is wanted."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in logits):
-        return FocalLossFunction.apply(mode, plan, operands, len(logits), *logits, *soft_targets)
-    losses, _ = ops.library.focal_loss(logits, *options(plan, operands, soft_targets, []))
+        return FocalLossFunction.apply(mode, plan, operands, dense, soft_targets, *logits)
+    losses, _ = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, []))
     return tuple(losses)

@@ -79,8 +79,7 @@ def focal_loss(
             label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
     """
     single = isinstance(logits, Tensor)
-    soft = isinstance(targets, Tensor) and targets.is_floating_point()
-    soft = soft or (not isinstance(targets, Tensor) and any(isinstance(t, Tensor) and t.is_floating_point() for t in targets))
+    soft = any(t.is_floating_point() for t in arguments.as_levels("targets", targets))
     levels, classes = arguments.check_logits(logits, num_classes, need_classes=not soft)
     arguments.check_numbers(gamma, label_smoothing, loss_weight)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
@@ -90,8 +89,8 @@ def focal_loss(
     scales = [loss_weight * w for w in arguments.check_level_weights(level_weights, len(levels))]
     positive, negative, class_alpha = arguments.check_alpha(alpha, classes, levels[0])
     mode = resolve_mode(grad_mode, reduction, levels)
-    levels = arguments.dense(levels)
-    anchor_weight = None if weight is None else arguments.check_weight(weight, levels, classes)
+    dense = arguments.dense(levels)
+    anchor_weight = None if weight is None else arguments.check_weight(weight, dense, classes)
 
     # The normalizer: a number is folded into the scales, everything else is a divisor on the logits' device.
     divisor: Tensor | None = None
@@ -116,10 +115,10 @@ def focal_loss(
     codes: Tensor | None = None
     soft_targets: list[Tensor] = []
     if soft:
-        soft_targets = arguments.check_soft_targets(targets, levels)
+        soft_targets = arguments.check_soft_targets(targets, dense)
     else:
-        labels = arguments.check_labels(targets, levels, classes)
-        codes, counted = ops.library.label_codes(labels, levels, classes, background, ignore_index, count, 1.0)
+        labels = arguments.check_labels(targets, dense, classes)
+        codes, counted = ops.library.label_codes(labels, dense, classes, background, ignore_index, count, 1.0)
         if count != ops.COUNT_NOTHING:
             divisor = counted
 
@@ -133,7 +132,7 @@ def focal_loss(
         reduction={"level": ops.LEVEL, "image": ops.IMAGE, "none": ops.NONE}.get(reduction, ops.SUM),
     )
     operands = autograd.Operands(codes, anchor_weight, class_alpha, divisor)
-    losses = autograd.focal_loss(mode, plan, operands, levels, soft_targets)
+    losses = autograd.focal_loss(mode, plan, operands, levels, dense, soft_targets)
     if reduction == "none" and not single:
         return list(losses)
     return losses[0]
@@ -150,7 +149,7 @@ def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:
                     f'grad_mode: "inplace" overwrites the logits, but logits[{i}] is a leaf that requires grad; expected the '
                     "output of an operation, such as a convolution"
                 )
-            if t.requires_grad and t._is_view() is False and not arguments.dense([t])[0] is t:
+            if t.requires_grad and not arguments.is_dense(t):
                 raise ValueError(
                     f'grad_mode: "inplace" needs contiguous or channels_last memory, got logits[{i}] with strides {t.stride()}'
                 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,8 @@ class FastFocalLoss(nn.Module):
         arguments.check_indices(background_index, ignore_index, num_classes)
         if isinstance(normalizer, str):
             arguments.check_choice("normalizer", normalizer, arguments.NORMALIZERS)
-        _, _, class_alpha = arguments.check_alpha(alpha, num_classes, torch.empty(0))
-        # Per class it moves with the module and is no part of its state.
+        _, _, class_alpha = arguments.check_alpha(alpha, num_classes, torch.empty(0, dtype=torch.float64))
+        # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
         self.register_buffer("class_alpha", class_alpha, persistent=False)
         self.num_classes = num_classes
         self.alpha = None if class_alpha is not None else alpha
@@ -100,6 +100,13 @@ class FastFocalLoss(nn.Module):
             grad_mode=self.grad_mode,
             loss_weight=self.loss_weight,
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
+        before = self.class_alpha
+        super()._apply(fn, recurse)
+        if before is not None and self.class_alpha is not None and self.class_alpha.dtype != before.dtype:
+            self.class_alpha = before.to(self.class_alpha.device)
+        return self
 
     def extra_repr(self) -> str:
         alpha = self.alpha if self.class_alpha is None else "per class"

@@ -34,6 +34,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def new_losses(logits: list[Tensor], reduction: int) -> list[Tensor]:
+    """Memory for the result."""
+    if reduction == NONE:
+        return [torch.empty_like(t) for t in logits]
+    shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
+    return [logits[0].new_empty(shape, dtype=accumulation_dtype(logits[0].dtype))]
+
+
 def register_shapes(namespace: str) -> None:
     """Registers the shape ("fake") functions of the operators in a namespace."""
 
@@ -45,21 +53,15 @@ def register_shapes(namespace: str) -> None:
         shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: (images(logits[0]),)}.get(count, ())
         return codes, logits[0].new_empty(shape, dtype=torch.float64)
 
-    def losses(logits: list[Tensor], reduction: int) -> list[Tensor]:
-        if reduction == NONE:
-            return [torch.empty_like(t) for t in logits]
-        shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
-        return [logits[0].new_empty(shape, dtype=accumulation_dtype(logits[0].dtype))]
-
     def gradients(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
         return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(logits, needs_grad, strict=False)]
 
     # *options ends with num_classes, reduction, needs_grad.
     def focal_loss(logits: list[Tensor], *options: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return losses(logits, options[-2]), gradients(logits, options[-1]) if any(options[-1]) else []
+        return new_losses(logits, options[-2]), gradients(logits, options[-1]) if any(options[-1]) else []
 
-    def focal_loss_(logits: list[Tensor], *options: Any) -> list[Tensor]:
-        return losses(logits, options[-2])
+    def focal_loss_(logits: list[Tensor], losses: list[Tensor], *options: Any) -> None:
+        return None
 
     def focal_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *options: Any) -> list[Tensor]:
         return gradients(logits, options[-1])
@@ -70,10 +72,15 @@ def register_shapes(namespace: str) -> None:
     def scale_gradients_(grads: list[Tensor], grad_output: Tensor, reduction: int) -> None:
         return None
 
+    no_autograd = torch.library.Library(namespace, "IMPL", "Autograd")
     for fake in (label_codes, focal_loss, focal_loss_, focal_loss_backward, scale_gradients, scale_gradients_):
         torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
+        # autograd.py records what is to be differentiated: no operator is recorded by itself.
+        no_autograd.impl(fake.__name__, torch.library.fallthrough_kernel)
+    _libraries.append(no_autograd)
 
 
+_libraries: list[torch.library.Library] = []  # registrations last as long as these
 register_shapes("fastfocal")
 
 

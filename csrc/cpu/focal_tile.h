@@ -48,9 +48,9 @@ struct PlainTile {
   float value[kLanes];
 
   // The positives wait until a vector is full.
-  void push(int64_t i) {
+  void push(int64_t i, float logit) {
     at[pending] = i;
-    value[pending] = to_float(x[i]);
+    value[pending] = logit;
     if (++pending == kLanes) flush();
   }
 
@@ -89,7 +89,7 @@ struct PlainTile {
           while (rest != 0) {
             const int lane = __builtin_ctz(rest);
             rest &= rest - 1;
-            if (codes[i - begin + lane] == k) held[holding++] = i + lane;
+            if (codes[i - begin + lane] == k) hold(i + lane);
           }
         }
         if (kLoss) sum = sum + t.loss;
@@ -108,7 +108,7 @@ struct PlainTile {
         const int code = kCodes && lane < n ? codes[i - begin + lane] : kBackground;
         const bool special = kCodes && (code == k || code == kIgnored);
         if (lane >= n || special) loss[lane] = slope[lane] = 0;
-        if (lane < n && special && code == k) held[holding++] = i + lane;
+        if (lane < n && special && code == k) hold(i + lane);
       }
       if (kLoss) negatives.add(load(loss));
       if (kGradient) store_first(g + i, load(slope), n);
@@ -116,11 +116,17 @@ struct PlainTile {
     }
   }
 
-  // Positives met inside the loop above; they are pushed after it, so that its registers are not spilled for them.
+  // Positives met inside the loop above, read before g overwrites them (it may be x). They are pushed after the loop, so that
+  // its registers are not spilled for them.
   int holding = 0;
   int64_t held[kPerFloatSum * kLanes];
+  float held_value[kPerFloatSum * kLanes];
+  void hold(int64_t i) {
+    held[holding] = i;
+    held_value[holding++] = to_float(x[i]);
+  }
   void release() {
-    for (int i = 0; i < holding; ++i) push(held[i]);
+    for (int i = 0; i < holding; ++i) push(held[i], held_value[i]);
     holding = 0;
   }
 
@@ -142,7 +148,7 @@ struct PlainTile {
         start = to;
       } else if (row + code >= begin && row + code < end) {
         run<false>(start, row + code, nullptr, 0);
-        push(row + code);
+        push(row + code, to_float(x[row + code]));
         start = row + code + 1;
       }
     }
@@ -180,7 +186,7 @@ void plain_tile(const Call& call, const Tile& tile, const Formula& formula, doub
   }
   work.flush();
   if (partial != nullptr)
-    *partial = scale * (call.negative_weight * total(work.negatives) + call.positive_weight * work.positives);
+    *partial = weigh(weigh(total(work.negatives), call.negative_weight) + weigh(work.positives, call.positive_weight), scale);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
         t.slope = select(is_negative, no.slope, yes.slope);
         w = select(is_negative, wn, wp);
       }
-      Lanes<S>::store(loss + i, t.loss * w);
+      Lanes<S>::store(loss + i, weigh(t.loss, w));
       Lanes<S>::store(slope + i, t.slope * w);
     }
     for (int i = 0; i < n; ++i) {
@@ -301,7 +307,7 @@ void plain_tiles(const Call& call, const Formula& formula, int64_t begin, int64_
 
 template <class T, Gamma kGamma>
 void plain(const Call& call, int64_t begin, int64_t end) {
-  const FocalLoss<float, kGamma, false> formula{float(call.gamma), 0.0f};
+  const FocalLoss<float, kGamma, false> formula(float(call.gamma), 0.0f);
   switch (call.output) {
     case Output::kLoss:
       return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kLoss>(call, formula, begin, end);
@@ -314,7 +320,7 @@ void plain(const Call& call, int64_t begin, int64_t end) {
 
 template <class T, class S, Gamma kGamma, bool kSmoothing>
 void general(const Call& call, int64_t begin, int64_t end) {
-  const FocalLoss<S, kGamma, kSmoothing> formula{S(call.gamma), S(call.label_smoothing / 2)};
+  const FocalLoss<S, kGamma, kSmoothing> formula(S(call.gamma), S(call.label_smoothing));
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile = tile_at(call.levels, t);
     const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;

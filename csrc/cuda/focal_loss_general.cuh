@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
   __shared__ Tile shared_tile;
   __shared__ TileMap shared_map;
 
-  const Formula formula{S(call.gamma), S(call.label_smoothing / 2)};
+  const Formula formula(S(call.gamma), S(call.label_smoothing));
   const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
   const int64_t last = first_item(call.levels.tiles, blockIdx.x + 1);
   for (int64_t index = first_item(call.levels.tiles, blockIdx.x); index < last; ++index) {
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
     const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
     const S scale = S(scale_of<S>(call, tile.level, tile.image));
 
-    S sum = S(0);
+    double sum = 0;
     for (int64_t j = tile.begin + threadIdx.x; j < tile.end; j += kThreads) {
       const Place place = map.at(uint32_t(j - tile.begin));
       const int64_t anchor = anchor_base + place.anchor;
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
         t = code == place.k ? formula.positive(x) : formula.negative(x);
         weight *= code == place.k ? positive : negative;
       }
-      const S loss = ignored ? S(0) : t.loss * weight;
+      const S loss = ignored ? S(0) : weigh(t.loss, weight);
       S slope = ignored ? S(0) : t.slope * weight;
-      sum += loss;
+      sum += double(loss);
       if (level.out != nullptr) {
         if (call.incoming_elements) slope *= S(to_float(static_cast<const T*>(level.incoming)[base + j]));
         const S y = call.output == Output::kElementLoss ? loss : slope;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
       }
     }
     if (sums) {
-      const double total = block_sum(double(sum));
+      const double total = block_sum(sum);
       if (threadIdx.x == 0) call.partial[index] = total;
     }
   }

@@ -122,7 +122,7 @@ struct PlainThread {
   static constexpr int kCount = kVector<T>;
   Formula formula;
   float negative, positive;  // weight times scale, for the gradient
-  float negatives = 0, positives = 0;  // sums of the bare losses
+  double negatives = 0, positives = 0;  // sums of the bare losses
 
   // A whole vector: x becomes its gradient.
   __device__ __forceinline__ void vector(float (&x)[kCount], const Special special) {
@@ -143,23 +143,27 @@ struct PlainThread {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) logit = i == at ? x[i] : logit;  // an array indexed at run time would leave registers
         const Term<float> t = formula.positive(logit);
-        positives += t.loss;
+        positives += double(t.loss);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) slope[i] = i == at ? t.slope * positive : slope[i];
       }
     }
+    if constexpr (kOutput != Output::kGradient) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if constexpr (kOutput != Output::kGradient) negatives += loss[i];
-      x[i] = slope[i];
+      for (int width = kCount / 2; width > 0; width /= 2)
+#pragma unroll
+        for (int i = 0; i < width; ++i) loss[i] += loss[i + width];
+      negatives += double(loss[0]);
     }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = slope[i];
   }
 
   // One logit, at the edges.
   __device__ __forceinline__ float one(float x, bool is_positive, bool is_ignored) {
     if (is_ignored) return 0.0f;
     const Term<float> t = is_positive ? formula.positive(x) : formula.negative(x);
-    (is_positive ? positives : negatives) += t.loss;
+    (is_positive ? positives : negatives) += double(t.loss);
     return t.slope * (is_positive ? positive : negative);
   }
 };
@@ -196,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
     const double scale = scale_of<float>(call, tile.level, tile.image);
 
     PlainThread<T, Formula, kOutput> thread;
-    thread.formula = Formula{float(call.gamma), 0.0f};
+    thread.formula = Formula(float(call.gamma), 0.0f);
     thread.negative = float(call.negative_weight * scale);
     thread.positive = float(call.positive_weight * scale);
     // Storage that starts off the 16-byte grid is read logit by logit, in the same order.
@@ -223,9 +227,9 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
       }
     }
     if constexpr (kOutput != Output::kGradient) {
-      const double sum = block_sum(call.negative_weight * double(thread.negatives) +
-                                   call.positive_weight * double(thread.positives));
-      if (threadIdx.x == 0) call.partial[index] = scale * sum;
+      const double sum = block_sum(weigh(thread.negatives, call.negative_weight) +
+                                   weigh(thread.positives, call.positive_weight));
+      if (threadIdx.x == 0) call.partial[index] = weigh(sum, scale);
     }
   }
 }

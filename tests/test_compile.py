@@ -1,0 +1,218 @@
+"""torch.library.opcheck on real calls of the operators, and torch.compile against eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    Size,
+    arrange,
+    assert_close,
+    draw_classes,
+    draw_levels,
+    encode,
+    leaves,
+)
+from torch import Tensor
+from watch import Call, Recorder
+
+from fastfocal import FastFocalLoss, focal_loss
+
+SIZE = Size(2, 2, 5, ((5, 3), (3, 1)))
+
+
+def problem(
+    dtype: torch.dtype = torch.float32, layout: str = "contiguous", size: Size = SIZE
+) -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return draw_levels(size, generator, dtype=dtype, layout=layout), encode(draw_classes(size, generator), size.classes)
+
+
+# --- opcheck ----------------------------------------------------------------------------------------------------------
+
+# Every way through the operators: both target forms, every reduction, normalizer and gradient mode, optional tensors.
+STEPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "float16": {"dtype": torch.float16},
+    "channels_last": {"layout": "channels_last"},
+    "one_label_tensor": {"form": "one_transposed"},
+    "three_dimensional": {"layout": "3d"},
+    "save_scaled": {"grad_mode": "save", "scale": 3.0},
+    "save_twice": {"grad_mode": "save", "scale": 3.0, "backwards": 2},
+    "recompute": {"grad_mode": "recompute", "scale": 3.0},
+    "inplace": {"grad_mode": "inplace", "scale": 3.0},
+    "inplace_twice": {"grad_mode": "inplace", "scale": 3.0, "backwards": 2},
+    "by_level": {"reduction": "level"},
+    "by_image": {"reduction": "image", "normalizer": "positives_per_image"},
+    "unreduced": {"reduction": "none"},
+    "mean": {"reduction": "mean"},
+    "number": {"normalizer": 7.0, "alpha": None, "gamma": 1.5},
+    "tensors": {
+        "normalizer": torch.tensor([1.0, 2.0]),
+        "alpha": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "level_weights": [1.0, 2.0],
+    },
+    "weighted": {"weight": True, "label_smoothing": 0.1},
+    "soft": {"soft": True, "normalizer": None},
+    "soft_recompute": {"soft": True, "normalizer": 2.0, "grad_mode": "recompute"},
+    "without_gradient": {"no_grad": True},
+    "some_levels": {"some": True},
+}
+
+
+def calls_of(
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    form: str = "nm",
+    scale: float = 1.0,
+    weight: bool = False,
+    soft: bool = False,
+    no_grad: bool = False,
+    some: bool = False,
+    backwards: int = 1,
+    **options: Any,
+) -> list[Call]:
+    levels, labels = problem(dtype, layout)
+    targets = [x.float().sigmoid().to(dtype) for x in levels] if soft else arrange(labels, SIZE, form)
+    given = [x.clone() for x in leaves(levels)]
+    if some:
+        given[0] = given[0].detach()
+    if weight:
+        options["weight"] = [torch.full(y.shape, 0.5) for y in labels]
+    with Recorder() as recorder, torch.set_grad_enabled(not no_grad):
+        loss = focal_loss(given, targets, num_classes=SIZE.classes, **options)
+        if not no_grad:
+            parts = loss if isinstance(loss, list) else [loss]
+            wanted = [x for x in given if x.requires_grad]
+            for left in reversed(range(backwards)):
+                incoming = [torch.full_like(part, scale) for part in parts]
+                torch.autograd.grad(parts, wanted, incoming, retain_graph=left > 0)
+    return recorder.calls
+
+
+def describe(call: Call) -> str:
+    """What a fake function can see: a second call that looks the same teaches nothing."""
+    seen = torch.utils._pytree.tree_map_only(Tensor, lambda x: (x.shape, x.stride(), x.dtype), (call.args, call.kwargs))
+    return f"{call.name} {seen}"
+
+
+@pytest.fixture(scope="module")
+def checked() -> set[str]:
+    return set()
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_opcheck(name: str, checked: set[str]) -> None:
+    """Schemas tell the truth about writes and aliases, fake functions about shapes, dtypes and strides."""
+    calls = calls_of(**STEPS[name])
+    assert calls, "no operator of fastfocal was called"
+    for call in calls:
+        if (signature := describe(call)) not in checked:
+            checked.add(signature)
+            torch.library.opcheck(call.operator, call.args, call.kwargs)
+
+
+def test_opcheck_covers_every_operator() -> None:
+    """An operator that no step above reaches would go unchecked."""
+    called = {call.operator.name().split(".")[0] for step in STEPS.values() for call in calls_of(**step)}
+    registered = {
+        name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastfocal::")
+    }
+    assert registered - called == set()
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+def compare_with_eager(
+    step: Callable[..., Any], backend: str, levels: list[Tensor], targets: Any, *, relative: float = 1e-6
+) -> None:
+    """Loss and gradients of the compiled step; the logits come from a multiplication, as from a network."""
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    results = []
+    for function in (step, compiled):
+        inputs = [x.detach().clone().requires_grad_() for x in levels]
+        loss = function(inputs, targets)
+        parts = list(loss) if isinstance(loss, (list, tuple)) else [loss]
+        torch.autograd.backward([part.sum() for part in parts])
+        results.append([*parts, *(x.grad for x in inputs)])
+    # The kernel is the same, and doubling the logits is exact; what is around the loss may be fused: 6e-8 each time.
+    for eager, got in zip(*results, strict=True):
+        assert got.dtype == eager.dtype and got.stride() == eager.stride()
+        want = eager.detach().double().numpy()
+        assert_close(got, want, relative)
+
+
+MODULES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "save": {"grad_mode": "save"},
+    "recompute": {"grad_mode": "recompute"},
+    "inplace": {"grad_mode": "inplace"},
+    "level": {"reduction": "level"},
+    "image": {"reduction": "image", "normalizer": "positives_per_image"},
+    "none": {"reduction": "none"},
+    "mean": {"reduction": "mean"},
+    "options": {"alpha": [0.1, 0.2, 0.3, 0.4, 0.5], "gamma": 1.5, "level_weights": [1.0, 2.0], "label_smoothing": 0.1},
+    "voc_labels": {"background_index": 0, "ignore_index": 255, "normalizer": 3.0},
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_step_equals_eager(name: str) -> None:
+    options = MODULES[name]
+    criterion = FastFocalLoss(SIZE.classes, **options)
+    levels, _ = problem(layout="channels_last" if name == "default" else "contiguous")
+    drawn = draw_classes(SIZE, torch.Generator().manual_seed(4))
+    labels = encode(drawn, SIZE.classes, options.get("background_index"), options.get("ignore_index", -1))
+    one = arrange(labels, SIZE, "one")
+    compare_with_eager(lambda xs, y: criterion([2 * x for x in xs], y), "aot_eager", levels, one)
+
+
+def test_compiled_step_with_soft_targets_and_weights() -> None:
+    levels, labels = problem()
+    soft = [x.sigmoid() for x in levels]
+    weight = [torch.full(y.shape, 0.5) for y in labels]
+    criterion = FastFocalLoss(SIZE.classes, normalizer=2.0)
+    compare_with_eager(lambda xs, y: criterion([2 * x for x in xs], y, weight), "aot_eager", levels, soft)
+
+
+def test_compiled_step_with_a_normalizer_on_the_device() -> None:
+    levels, labels = problem()
+    criterion = FastFocalLoss(SIZE.classes)
+
+    def step(xs: list[Tensor], y: list[Tensor]) -> Tensor:
+        count = sum(((part >= 0) & (part < SIZE.classes)).sum() for part in y)
+        return criterion([2 * x for x in xs], y, normalizer=count.clamp(min=1).float()) * 3  # type: ignore[union-attr]
+
+    compare_with_eager(step, "aot_eager", levels, labels)
+
+
+def test_one_graph_serves_another_size() -> None:
+    """Images of another size make the shapes symbolic; two levels grow by different amounts."""
+    torch._dynamo.reset()
+    criterion = FastFocalLoss(SIZE.classes)
+    compiled = torch.compile(lambda xs, y: criterion([2 * x for x in xs], y), fullgraph=True, backend="aot_eager")
+    for cells in (((5, 3), (3, 2)), ((6, 4), (4, 3)), ((9, 7), (5, 4))):
+        size = Size(2, 2, 5, cells)
+        levels, labels = problem(size=size)
+        inputs = leaves(levels)
+        loss = compiled(inputs, labels)
+        loss.backward()
+        twin = leaves(levels)
+        eager = criterion([2 * x for x in twin], labels)
+        eager.backward()
+        assert_close(loss.detach(), eager.item(), 1e-6)
+        for got, want in zip(inputs, twin, strict=True):
+            assert_close(got.grad, want.grad.double().numpy(), 1e-6)  # type: ignore[arg-type, union-attr]
+
+
+def test_inductor_equals_eager() -> None:
+    """Once through code generation, with operators around the loss that inductor fuses."""
+    levels, labels = problem()
+    criterion = FastFocalLoss(SIZE.classes)
+    compare_with_eager(lambda xs, y: criterion([2 * x + 1 for x in xs], y) * 3, "inductor", levels, labels)

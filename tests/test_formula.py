@@ -1,0 +1,230 @@
+"""The formula: the oracle against known values and finite differences, every backend against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, SIXTEEN_BIT, Backend, assert_close, compare, expect, run, tolerance
+from oracle import element_gradient, element_loss
+from torch import Tensor
+
+import fastfocal
+
+# 0 and 1 are special cases, 2 is the usual one, below 1 the textbook form has a pole, 3.3 and 5 underflow float32.
+GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.3, 5.0)
+# Both vector families: neighbours in w share the class, or neighbours in k share the anchor.
+LAYOUTS = {"planes": torch.contiguous_format, "classes": torch.channels_last}
+
+# --- the oracle itself ------------------------------------------------------------------------------------------------
+
+# x, y, gamma, smoothing -> loss and gradient at alpha 0.25, from 60-digit arithmetic and differentiation.
+KNOWN = [
+    (28.0, 1.0, 2.0, 0.0, 8.2642515668875501607e-38, -2.4792754700648364896e-37),
+    (-28.0, 0.0, 2.0, 0.0, 2.4792754700662650482e-37, 7.4378264101945094689e-37),
+    (28.0, 0.0, 2.0, 0.0, 20.9999999999714781, 0.75000000002748474043),
+    (-28.0, 1.0, 3.3, 0.0, 6.9999999999842005958, -0.25000000001522896624),
+    (0.0, 1.0, 2.0, 0.0, 0.043321698784996581839, -0.074571698784996581839),
+    (0.0, 0.0, 0.5, 0.0, 0.36759680380070519689, 0.35706424389513162087),
+    (1.5, 0.3, 1.5, 0.0, 0.3728071829189901677, 0.2073960139838793119),
+    (-7.25, 0.75, 5.0, 0.0, 0.48279854921000491508, -0.067663028784985417549),
+    (12.0, 1.0, 0.5, 0.0, 3.80747154225848317e-9, -5.7111839196057981677e-9),
+    (2.0, 0.0, 2.0, 0.1, 1.1793733726229784564, 0.7645709603803478895),
+    (-9.0, 0.0, 3.3, 0.125, 5.3279002698688363964e-14, 1.6989210797738484812e-13),
+    (5.0, 0.25, 1.0, 0.125, 1.6801877015306831608, 0.33976754029475298705),
+]
+
+
+@pytest.mark.parametrize("x, y, gamma, smoothing, loss, gradient", KNOWN)
+def test_oracle_gives_known_values(
+    x: float, y: float, gamma: float, smoothing: float, loss: float, gradient: float
+) -> None:
+    options = {"gamma": gamma, "label_smoothing": smoothing}
+    # 1e-14: a few roundings of 1.1e-16, times gamma * |x| = 92 in the exponent.
+    assert element_loss(np.array([x]), y, **options)[0] == pytest.approx(loss, rel=1e-14)
+    assert element_gradient(np.array([x]), y, **options)[0][0] == pytest.approx(gradient, rel=2e-14)
+
+
+def test_oracle_gives_the_papers_example() -> None:
+    """Section 3.2: at gamma 2, p_t = 0.9 loses a factor of 100 against cross entropy, and p_t = 0.968 about 1000."""
+    logits = np.log(np.array([0.9, 0.968]) / np.array([0.1, 0.032]))
+    ratio = element_loss(logits, 1.0, alpha=None, gamma=0.0) / element_loss(logits, 1.0, alpha=None, gamma=2.0)
+    assert ratio == pytest.approx([100, 1000], rel=0.03)
+    assert ratio[0] == pytest.approx(100, rel=1e-12)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("y", [0.0, 2.0**-10, 0.3, 0.5, 0.875, 1.0])
+def test_oracle_gradient_is_the_derivative_of_its_loss(y: float, gamma: float, smoothing: float) -> None:
+    x = np.linspace(-28, 28, 1025).astype(np.longdouble)
+    options = {"gamma": gamma, "label_smoothing": smoothing}
+    # Fourth-order central differences in extended precision: the step's error is h^4 = 1e-12 times the fifth
+    # derivative (below (gamma + 2)^5 = 2e4 times the loss), the rounding error 1e-19 / h of the loss.
+    h = np.longdouble(1e-3)
+    at = [element_loss(x + i * h, y, **options) for i in (-2, -1, 1, 2)]
+    difference = (at[0] - 8 * at[1] + 8 * at[2] - at[3]) / (12 * h)
+    gradient, magnitude = element_gradient(x, y, **options)
+    scale = magnitude + element_loss(x, y, **options)
+    assert np.all(np.abs(gradient - difference) <= 1e-8 * scale)
+    assert np.all(np.abs(gradient) <= magnitude * (1 + 1e-15))
+
+
+def test_oracle_limits() -> None:
+    x = np.array([np.inf, -np.inf, np.nan, 1e4, -1e4])
+    assert element_loss(x, 0.0)[[0, 1, 3, 4]].tolist() == [np.inf, 0, 7500, 0]
+    assert element_loss(x, 1.0)[[0, 1, 3, 4]].tolist() == [0, np.inf, 0, 2500]
+    assert element_gradient(x, 0.0)[0][[0, 1, 3, 4]].tolist() == [0.75, 0, 0.75, 0]
+    assert element_gradient(x, 1.0)[0][[0, 1, 3, 4]].tolist() == [0, -0.25, 0, -0.25]
+    assert np.isnan(element_loss(x, 0.0)[2]) and np.isnan(element_gradient(x, 1.0)[0][2])
+
+
+# --- accuracy of the backends -----------------------------------------------------------------------------------------
+
+CLASSES = 4
+
+
+def as_levels(x: Tensor, layout: str) -> list[Tensor]:
+    """Every logit in all of CLASSES classes: (1, K, 1, W)."""
+    level = x.expand(1, CLASSES, 1, x.numel())
+    return [level.contiguous(memory_format=LAYOUTS[layout])]
+
+
+def hard_problem(values: Tensor, layout: str) -> tuple[list[Tensor], Tensor]:
+    """Every value as a negative of each class, then as a positive of one class among negatives."""
+    background = torch.full((1, values.numel()), CLASSES, dtype=torch.int64, device=values.device)
+    foreground = torch.arange(values.numel(), device=values.device)[None] % CLASSES
+    return as_levels(torch.cat([values, values]), layout), torch.cat([background, foreground], dim=1)
+
+
+def grid(points: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """|x| <= 28, densely, and the neighbourhood of 0; steps that no power of two divides fill the mantissa."""
+    tiny = torch.tensor([0.0, -0.0, 1e-3, -1e-3, 1e-7, -1e-7, 1e-30, -1e-30, 1e-42, -1e-42], dtype=torch.float64)
+    return torch.cat([torch.linspace(-28, 28, points, dtype=torch.float64), tiny]).to(device=device, dtype=dtype)
+
+
+def losses_and_gradients(levels: list[Tensor], targets: Tensor | list[Tensor], **options: object) -> None:
+    """Element by element: the loss unreduced, the gradient of the plain sum."""
+    options = {"num_classes": CLASSES, "normalizer": None, **options}
+    relative = tolerance(levels[0].dtype, float(options.get("gamma", 2.0)), options=False)  # type: ignore[arg-type]
+    with torch.no_grad():
+        losses = fastfocal.focal_loss(levels, targets, reduction="none", **options)
+    _, grads = run(levels, targets, reduction="sum", **options)
+    # A smoothed target's cross entropy, and gamma times it in the gradient, multiply a (1 - p_t)^gamma that may have
+    # been flushed: by at most gamma * |x| = 140. Hard targets never meet a factor above 1 there.
+    flushed = 140.0 if options.get("label_smoothing") else 1.0
+    compare(losses, grads, expect(levels, targets, reduction="none", **options), relative, flushed=flushed)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_of_labels(backend: Backend, dtype: torch.dtype, gamma: float, layout: str) -> None:
+    levels, labels = hard_problem(grid(backend.sized(8191, 499), dtype, backend.device), layout)
+    losses_and_gradients(levels, labels, gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_accuracy_of_soft_targets(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+    """Targets at both ends, next to them (where p + y - 2py would cancel) and between."""
+    x = grid(backend.sized(2047, 199), dtype, backend.device)
+    targets = torch.tensor([0.0, 2.0**-20, 0.125, 0.5, 0.75, 1 - 2.0**-7, 1.0, 0.3], dtype=dtype)
+    targets = targets.to(backend.device).repeat_interleave(x.numel())
+    level = as_levels(x.repeat(8), "planes")
+    losses_and_gradients(level, [targets.expand(level[0].shape).contiguous()], gamma=gamma)
+
+
+@pytest.mark.parametrize("gamma", (0.0, 2.0, 3.3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_accuracy_with_label_smoothing(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+    levels, labels = hard_problem(grid(backend.sized(4095, 199), dtype, backend.device), "planes")
+    losses_and_gradients(levels, labels, gamma=gamma, label_smoothing=0.125)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.0, 1.0, [0.0, 0.125, 0.5, 1.0]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accuracy_at_the_ends_of_alpha(backend: Backend, layout: str, alpha: float | list[float] | None) -> None:
+    levels, labels = hard_problem(grid(backend.sized(1023, 199), torch.float32, backend.device), layout)
+    losses_and_gradients(levels, labels, alpha=alpha)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+# exp overflows float32 beyond 88.7 and underflows beyond -87.3 (-103.97 with subnormals), float64 at 709.8 and -745.2;
+# 1e4 is far beyond every threshold and still finite in float16; mmcv's kernel fails from 17, float16's exp at 11.1.
+FAR = [11.0, 17.0, 29.0, 60.0, 87.5, 88.8, 104.0, 150.0, 708.0, 710.0, 746.0, 1e4]
+
+
+def limit_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    far = [*FAR, float(torch.finfo(dtype).max), float("inf")]
+    values = [sign * value for value in far for sign in (1.0, -1.0)]
+    # One NaN amid ordinary neighbours, so that a NaN that spreads within a vector shows.
+    return torch.tensor([*values, 0.5, float("nan"), -0.5, 1.0, 2.0, -3.0], dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.125])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_of_labels(backend: Backend, dtype: torch.dtype, layout: str, gamma: float, smoothing: float) -> None:
+    """The oracle gives the loss's limit and a finite gradient for every logit but NaN, and NaN for NaN alone."""
+    levels, labels = hard_problem(limit_values(dtype, backend.device), layout)
+    options = {"gamma": gamma, "label_smoothing": smoothing, "num_classes": CLASSES}
+    losses_and_gradients(levels, labels, **options)
+    expected = expect(levels, labels, **options)
+    nan = np.isnan(levels[0].double().cpu().numpy())
+    assert np.array_equal(np.isfinite(expected.grads[0]), ~nan)
+    assert fastfocal.focal_loss(levels, labels, **options).isnan()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_of_soft_targets(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+    x = limit_values(dtype, backend.device)
+    targets = torch.tensor([0.0, 0.25, 0.5, 1.0], dtype=dtype, device=backend.device).repeat_interleave(x.numel())
+    level = as_levels(x.repeat(4), "planes")
+    losses_and_gradients(level, [targets.expand(level[0].shape).contiguous()], gamma=gamma)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_zero_alpha_beats_an_infinite_logit(backend: Backend, alpha: float) -> None:
+    """alpha_t = 0 makes the loss 0 for every finite logit, so its limit is 0 and not 0 * inf."""
+    values = torch.tensor([float("inf"), -float("inf"), 1e4, -1e4, 1.0], device=backend.device)
+    levels, labels = hard_problem(values, "planes")
+    losses_and_gradients(levels, labels, alpha=alpha)
+    loss = fastfocal.focal_loss(levels, labels, alpha=alpha, num_classes=CLASSES, reduction="level")
+    assert not loss.isnan().any()
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e4])
+def test_a_sum_with_an_infinite_loss_is_infinite(backend: Backend, value: float) -> None:
+    """Compensated sums turn inf into NaN unless they take care."""
+    x = torch.full((1, 1, 3, 5), 0.5, device=backend.device)
+    x[0, 0, 1, 2] = value
+    labels = torch.ones(1, 15, dtype=torch.int64, device=backend.device)
+    labels[0, 7] = 0 if value < 0 else 1
+    for reduction in ("sum", "level", "image", "mean"):
+        loss = fastfocal.focal_loss(x, labels, num_classes=1, reduction=reduction)
+        assert_close(loss, expect(x, labels, num_classes=1, reduction=reduction).loss, tolerance(x.dtype, 2.0))
+
+
+@pytest.mark.parametrize("dtype", list(SIXTEEN_BIT), ids=str)
+def test_sixteen_bit_sums_are_float32(backend: Backend, dtype: torch.dtype) -> None:
+    """A float16 sum would overflow: 40000 logits of 20 lose 15 each, 6e5 together."""
+    x = torch.full((1, 1, 200, backend.sized(200, 30)), 20.0, dtype=dtype, device=backend.device)
+    labels = torch.ones(1, x.numel(), dtype=torch.int64, device=backend.device)
+    loss = fastfocal.focal_loss(x, labels, num_classes=1, normalizer=None)
+    assert loss.dtype == torch.float32
+    assert_close(loss, expect(x, labels, num_classes=1, normalizer=None).loss, tolerance(dtype, 2.0))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_losses_survive_large_sums(backend: Backend, layout: str) -> None:
+    """A positive's own loss is exact even where it is a billionth of what it would lose as a negative."""
+    x = torch.full((1, CLASSES, 1, 64), 20.0).contiguous(memory_format=LAYOUTS[layout]).to(backend.device)
+    labels = torch.full((1, 64), 2, device=backend.device)
+    # Only class 2 counts: alpha 1 leaves positives alone.
+    loss = fastfocal.focal_loss([x], labels, num_classes=CLASSES, alpha=1.0)
+    assert_close(loss, expect([x], labels, num_classes=CLASSES, alpha=1.0).loss, tolerance(x.dtype, 2.0))
+    assert 0 < loss.item() < 1e-24

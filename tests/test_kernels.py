@@ -1,0 +1,268 @@
+"""The kernels against the float64 oracle: layouts, dtypes, target forms and sizes that have a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    FORMS,
+    FOUR_D,
+    THREE_D,
+    TWO_D,
+    Backend,
+    Size,
+    arrange,
+    assert_close,
+    check,
+    draw_classes,
+    draw_levels,
+    encode,
+    lay_out,
+    move,
+    same_bits,
+)
+from torch import Tensor
+
+import fastfocal
+
+# K = 5 and odd planes: no vector width divides a row of classes or a plane. The last level is one cell.
+ODD = Size(2, 3, 5, ((7, 5), (3, 3), (1, 1)))
+EVEN = Size(2, 2, 8, ((8, 8), (4, 4)))  # everything divides: the straight vector path
+FLAT = Size(1, 3, 5, ((7, 5), (3, 3), (1, 1)))  # 2-D logits have no images
+
+SIZES = {
+    "odd": ODD,
+    "even": EVEN,
+    "coco": Size(2, 9, 80, ((7, 5), (4, 3), (2, 2), (1, 1))),  # RetinaNet's head
+    "open_images_like_91": Size(1, 1, 91, ((5, 7), (3, 1))),  # odd K above two warps
+    "264_classes": Size(1, 1, 264, ((5, 3), (2, 2))),  # K above the 256 threads of a usual block
+    "one_class": Size(2, 3, 1, ((7, 5), (4, 4))),  # K = 1: an anchor has one logit
+    "one_class_one_anchor": Size(2, 1, 1, ((7, 5), (4, 4))),  # dense segmentation
+    "one_cell": Size(2, 9, 4, ((1, 1),)),  # H = W = 1: both layouts have the same strides
+    "one_row": Size(2, 2, 3, ((1, 13), (13, 1))),  # planes of one row and of one column
+    "one_anchor": Size(1, 1, 7, ((1, 1),)),
+    "one_logit": Size(1, 1, 1, ((1, 1),)),
+    "three_images": Size(3, 2, 3, ((5, 3), (2, 1))),
+    "empty_levels": Size(2, 2, 3, ((0, 5), (3, 3), (4, 0), (2, 1), (0, 0))),
+    "only_empty_levels": Size(2, 2, 3, ((0, 5), (4, 0))),
+    "no_images": Size(0, 2, 3, ((5, 3), (2, 1))),
+    "17_levels": Size(2, 1, 3, tuple((1 + i % 3, 1 + i % 5) for i in range(17))),  # one more than a launch holds
+    "33_levels": Size(1, 2, 3, tuple((1 + i % 4, 1 + i % 3) for i in range(33))),  # three launches
+}
+# Sizes whose total ends just before, at and just after multiples of 8192 elements, in one level and over several.
+for before in (8191, 8192, 8193, 16383, 16384, 16385):
+    SIZES[f"one_class_{before}"] = Size(1, 1, 1, ((1, before),))
+for cells in (2730, 2731):
+    SIZES[f"three_classes_{3 * cells}"] = Size(1, 1, 3, ((1, cells), (1, 3)))
+SIZES["two_images_of_8190"] = Size(2, 1, 5, ((2, 819), (1, 1)))
+SIZES["levels_of_4096_and_4097"] = Size(1, 1, 1, ((64, 64), (17, 241), (64, 64)))
+
+
+def problem(
+    backend: Backend,
+    size: Size,
+    generator: torch.Generator,
+    *,
+    layout: str = "contiguous",
+    dtype: torch.dtype = torch.float32,
+    form: str = "nm",
+    integers: torch.dtype = torch.int64,
+) -> tuple[list[Tensor], Tensor | list[Tensor]]:
+    levels = draw_levels(size, generator, dtype=dtype, layout=layout)
+    labels = [x.to(integers) for x in encode(draw_classes(size, generator), size.classes)]
+    arranged = arrange(labels, size, form, rank=levels[0].ndim)
+    return move(levels, backend.device), move(arranged, backend.device)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes(backend: Backend, name: str, layout: str, generator: torch.Generator) -> None:
+    size = SIZES[name]
+    levels, labels = problem(backend, size, generator, layout=layout)
+    check(levels, labels, num_classes=size.classes, reduction="level")
+
+
+@pytest.mark.parametrize("name", ["odd", "coco", "empty_levels", "17_levels", "two_images_of_8190", "no_images"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_sizes_by_image(backend: Backend, name: str, layout: str, generator: torch.Generator) -> None:
+    """Images are the other way to cut the work: a block may hold the end of one and the start of the next."""
+    size = SIZES[name]
+    levels, labels = problem(backend, size, generator, layout=layout)
+    check(levels, labels, num_classes=size.classes, reduction="image", normalizer="positives_per_image")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+@pytest.mark.parametrize("elements", range(1, 40))
+def test_every_tail_length(backend: Backend, elements: int, layout: str, generator: torch.Generator) -> None:
+    """Every remainder of every vector width up to 32, as a plane and as a row of classes."""
+    for size in (Size(2, 1, 2, ((1, elements), (1, 1))), Size(1, 2, elements, ((1, 3),))):
+        levels, labels = problem(backend, size, generator, layout=layout, dtype=torch.float16)
+        check(levels, labels, num_classes=size.classes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FOUR_D + THREE_D + TWO_D)
+def test_layouts(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Strides are the logits' own wherever memory can have them: every dense layout."""
+    for size in (FLAT,) if layout in TWO_D else (ODD, EVEN):
+        levels, labels = problem(backend, size, generator, layout=layout, dtype=dtype)
+        loss, grads = check(levels, labels, num_classes=size.classes)
+        assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        for x, g in zip(levels, grads, strict=True):
+            if layout in ("width_slice", "channel_slice", "expanded", "3d_rows"):
+                continue  # not dense: a new tensor has no gaps to keep
+            moving = [i for i, n in enumerate(x.shape) if n > 1]  # the stride of a single entry means nothing
+            assert [g.stride(i) for i in moving] == [x.stride(i) for i in moving]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FOUR_D + THREE_D + TWO_D)
+def test_soft_targets(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Targets come in the logits' layout and, as often, in another."""
+    size = FLAT if layout in TWO_D else ODD
+    levels = move(draw_levels(size, generator, dtype=dtype, layout=layout), backend.device)
+    other = "2d_transposed" if layout in TWO_D else "3d_transposed" if layout in THREE_D else "channels_last"
+    for target_layout in (layout, other):
+        targets = []
+        for hw in size.cells:
+            y = torch.rand(size.images, size.anchors * size.classes, *hw, generator=generator)
+            y = torch.where(y < 0.3, torch.zeros(()), torch.where(y > 0.8, torch.ones(()), y)).to(dtype)
+            targets.append(lay_out(y, size, hw, target_layout))
+        check(levels, move(targets, backend.device), num_classes=size.classes, normalizer=7.0)
+        check(levels, move(targets, backend.device), num_classes=size.classes, normalizer=None, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float32_soft_targets_under_autocast(backend: Backend, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Autocast leaves 16-bit logits beside float32 targets: 0.3 must not be rounded to 16 bits."""
+    levels = move(draw_levels(ODD, generator, dtype=dtype), backend.device)
+    targets = [torch.full(x.shape, 0.3, device=backend.device) for x in levels]
+    check(levels, targets, normalizer=1.0)
+
+
+@pytest.mark.parametrize("name", ["one_class", "264_classes", "empty_levels", "no_images", "17_levels", "one_logit"])
+def test_sizes_of_soft_targets(backend: Backend, name: str, generator: torch.Generator) -> None:
+    size = SIZES[name]
+    levels = move(draw_levels(size, generator), backend.device)
+    targets = [x.detach().sigmoid().round(decimals=1) for x in move(draw_levels(size, generator), backend.device)]
+    check(levels, targets, normalizer=None, reduction="level")
+    check(levels, targets, normalizer=None, reduction="image")
+
+
+def test_soft_targets_at_both_ends_equal_labels(backend: Backend, generator: torch.Generator) -> None:
+    levels, labels = problem(backend, ODD, generator, dtype=torch.float64, layout="3d")
+    one_hot = [torch.nn.functional.one_hot(y.clamp(min=0), ODD.classes + 1)[..., :-1].double() for y in labels]
+    kept = [(y >= 0).double() for y in labels]
+    hard = fastfocal.focal_loss(levels, labels, normalizer=None, reduction="level")
+    soft = fastfocal.focal_loss(levels, one_hot, normalizer=None, reduction="level", weight=kept)
+    torch.testing.assert_close(hard, soft, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d", "2d"])
+@pytest.mark.parametrize("form", [*FORMS, "nhw"])
+def test_label_forms(backend: Backend, form: str, layout: str, generator: torch.Generator) -> None:
+    """Every shape and stride of labels is the same problem, to the bit, as (N, M) int64 labels."""
+    if layout in ("3d", "2d") and form.startswith("nhw"):
+        form = "nm"  # (N, M, K) logits have no grid
+    size = FLAT if layout == "2d" else ODD
+    if form == "nhw":
+        size = Size(size.images, 1, size.classes, size.cells)
+    levels, labels = problem(backend, size, generator, layout=layout, form=form)
+    loss, grads = check(levels, labels, num_classes=size.classes)
+    plain = torch.Generator().manual_seed(generator.initial_seed())
+    again, again_grads = check(*problem(backend, size, plain, layout=layout), num_classes=size.classes)
+    assert same_bits(loss, again)
+    assert all(same_bits(a, b) for a, b in zip(grads, again_grads, strict=True))
+
+
+@pytest.mark.parametrize("form", ["nhwa", "nm_strided", "one_transposed"])
+@pytest.mark.parametrize("integers", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_integer_dtypes(backend: Backend, integers: torch.dtype, form: str, generator: torch.Generator) -> None:
+    size = Size(2, 2, 100, ((5, 3), (2, 1)))  # as many classes as int8 holds beside two more labels
+    ignore = 255 if integers == torch.uint8 else -1
+    levels = move(draw_levels(size, generator), backend.device)
+    labels = [x.to(integers) for x in encode(draw_classes(size, generator), size.classes, ignore=ignore)]
+    arranged = move(arrange(labels, size, form), backend.device)
+    check(levels, arranged, num_classes=size.classes, ignore_index=ignore)
+
+
+def test_many_classes(backend: Backend, generator: torch.Generator) -> None:
+    """More classes than an int16 label or a byte-sized table could name."""
+    size = Size(1, 1, backend.sized(40000, 33000), ((1, 2),))
+    levels = move(draw_levels(size, generator), backend.device)
+    labels = torch.tensor([[size.classes - 1, size.classes]], device=backend.device)
+    check(levels, labels, num_classes=size.classes)
+
+
+def test_a_single_tensor_is_one_level(backend: Backend, generator: torch.Generator) -> None:
+    size = Size(2, 3, 5, ((7, 5),))
+    (x,), (labels,) = problem(backend, size, generator)
+    listed = fastfocal.focal_loss([x], [labels], num_classes=5, reduction="none")
+    for targets in (labels, [labels], labels.view(2, 7, 5, 3)):
+        alone = fastfocal.focal_loss(x, targets, num_classes=5, reduction="none")
+        assert isinstance(alone, Tensor) and same_bits(alone, listed[0])
+    as_tuple = fastfocal.focal_loss((x,), labels, num_classes=5, reduction="none")
+    assert isinstance(as_tuple, list) and same_bits(as_tuple[0], listed[0])
+
+
+def test_levels_may_differ_in_layout(backend: Backend, generator: torch.Generator) -> None:
+    """One call over contiguous, channels_last and strided levels, with labels of one tensor."""
+    layouts = ["contiguous", "channels_last", "channel_slice", "transposed", "channels_last_offset"]
+    size = Size(2, 3, 5, ((7, 5), (5, 5), (3, 3), (3, 2), (2, 2)))
+    levels = [
+        lay_out(x, size, hw, layout)
+        for x, hw, layout in zip(draw_levels(size, generator), size.cells, layouts, strict=True)
+    ]
+    labels = arrange(encode(draw_classes(size, generator), size.classes), size, "one_strided")
+    check(move(levels, backend.device), move(labels, backend.device), num_classes=size.classes, reduction="level")
+
+
+def test_levels_may_differ_in_anchors(backend: Backend, generator: torch.Generator) -> None:
+    """SSD's heads have 4 or 6 anchors a cell; each level has its own A = channels / K."""
+    parts = [Size(2, 4, 3, ((5, 5),)), Size(2, 6, 3, ((3, 3),)), Size(2, 1, 3, ((1, 1),))]
+    levels = [draw_levels(part, generator)[0] for part in parts]
+    labels = torch.cat([encode(draw_classes(part, generator), 3)[0] for part in parts], dim=1)
+    check(move(levels, backend.device), labels.to(backend.device), num_classes=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "width_slice", "3d"])
+def test_unreduced_loss(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    levels, labels = problem(backend, ODD, generator, layout=layout, dtype=dtype)
+    losses, _ = check(levels, labels, num_classes=ODD.classes, reduction="none", gamma=1.5)
+    for x, loss in zip(levels, losses, strict=True):
+        assert loss.dtype == dtype and loss.shape == x.shape
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+def test_positives_share_an_anchors_neighbours(backend: Backend, layout: str) -> None:
+    """Each anchor its own class and each logit its own value: a shifted row, plane or class cannot go unseen."""
+    size = Size(2, 3, 7, ((5, 3), (2, 3)))
+    levels, labels = [], []
+    for h, w in size.cells:
+        count = size.images * size.anchors * size.classes * h * w
+        x = torch.linspace(-6, 6, count).reshape(size.images, size.anchors * size.classes, h, w)
+        levels.append(lay_out(x, size, (h, w), layout))
+        labels.append(torch.arange(size.images * h * w * size.anchors).reshape(size.images, -1) % (size.classes + 1))
+    for gamma in (0.0, 0.5, 2.0):
+        check(move(levels, backend.device), move(labels, backend.device), num_classes=size.classes, gamma=gamma)
+
+
+def test_inputs_are_left_as_they_were(backend: Backend, generator: torch.Generator) -> None:
+    levels, labels = problem(backend, ODD, generator)
+    before = [x.clone() for x in levels], [y.clone() for y in labels]
+    check(levels, labels, num_classes=ODD.classes)
+    assert all(same_bits(a, b) for a, b in zip(levels + labels, before[0] + before[1], strict=True))
+
+
+def test_the_same_tensor_as_two_levels(backend: Backend, generator: torch.Generator) -> None:
+    """Its gradient is the sum of both."""
+    size = Size(2, 3, 5, ((4, 3), (4, 3)))
+    (x, _), labels = problem(backend, size, generator, dtype=torch.float64)
+    leaf = x.requires_grad_()
+    fastfocal.focal_loss([leaf, leaf], labels, num_classes=5).backward()
+    twin = [x.detach().clone().requires_grad_() for _ in range(2)]
+    fastfocal.focal_loss(twin, labels, num_classes=5).backward()
+    assert leaf.grad is not None
+    assert_close(leaf.grad, (twin[0].grad + twin[1].grad).cpu().numpy(), 1e-15)  # type: ignore[operator]
