@@ -13,6 +13,7 @@ import importlib.machinery
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -185,18 +186,27 @@ class NinjaBuild(build_ext):
             Path(pybind11.get_include()),
         ]
         # -isystem: warnings are for our own code.
-        common = [f"-isystem {path}" for path in includes]
+        common = [flag for path in includes for flag in ("-isystem", str(path))]
         common += [f"-DTORCH_TARGET_VERSION={TARGET}"]
         debug = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
-        cflags = [*common, *debug, "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+        cflags = [
+            *common,
+            *debug,
+            "-std=c++17",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unknown-pragmas",
+        ]
         facts = [
-            f'-DFASTFOCAL_TORCH_VERSION=\\"{built_for}\\"',
-            f'-DFASTFOCAL_CUDA_VERSION=\\"{cuda.version}\\"',
-            f'-DFASTFOCAL_CUDA_ARCHS=\\"{";".join(cuda.archs)}\\"',
+            f'-DFASTFOCAL_TORCH_VERSION="{built_for}"',
+            f'-DFASTFOCAL_CUDA_VERSION="{cuda.version}"',
+            f'-DFASTFOCAL_CUDA_ARCHS="{";".join(cuda.archs)}"',
         ]
         rules = [
             f"cxx = {cxx}",
-            f"cflags = {' '.join(cflags)}",
+            f"cflags = {shell(cflags)}",
             "rule cxx",
             "  command = $cxx $cflags $extra -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
@@ -212,7 +222,7 @@ class NinjaBuild(build_ext):
             flags += ["--threads=1", *gencode(cuda.archs)]
             rules += [
                 f"nvcc = {cuda.nvcc}",
-                f"cuda_flags = {' '.join(flags)}",
+                f"cuda_flags = {shell(flags)}",
                 "rule cuda",
                 "  command = $nvcc -ccbin $cxx $cuda_flags -MD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d",
@@ -230,12 +240,14 @@ class NinjaBuild(build_ext):
                 continue
             target = work / source.parent.name / (source.name + ".o")
             objects.append(target)
-            rules.append(f"build {ninja_path(target)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}")
+            rules.append(
+                f"build {ninja_path(target)}: {'cuda' if source.suffix == '.cu' else 'cxx'} {ninja_path(source)}"
+            )
             extra = X86_FLAGS.get(source.name, []) + (facts if source.name == "library.cpp" else [])
             if source.suffix == ".cpp" and source.parent.name == "cuda":
-                extra += [f"-isystem {folder}" for folder in cuda.includes]
+                extra += [flag for folder in cuda.includes for flag in ("-isystem", folder)]
             if extra:
-                rules.append(f"  extra = {' '.join(extra)}")
+                rules.append(f"  extra = {shell(extra)}")
         # No rpath: `import torch` has loaded libtorch_cpu, whichever it is, by the time the module is.
         ldflags = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
         if sys.platform == "darwin":
@@ -246,7 +258,7 @@ class NinjaBuild(build_ext):
                 fail(f"libcudart_static.a was not found in {cuda.libraries}; install the CUDA runtime's static library")
             ldflags += [str(static), "-lrt", "-lpthread"]
         rules.append(f"build {ninja_path(out)}: link {' '.join(ninja_path(o) for o in objects)}")
-        rules.append(f"  ldflags = {' '.join(ldflags)}")
+        rules.append(f"  ldflags = {shell(ldflags)}")
         (work / "build.ninja").write_text("\n".join(rules) + "\n")
 
         command = [ninja_command(), "-C", str(work), "-f", "build.ninja"]
@@ -261,6 +273,11 @@ class NinjaBuild(build_ext):
 def jobs() -> int | None:
     """As many as the cores this process may use: inside a container ninja sees the host's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def shell(words: list[str]) -> str:
+    """Words for a command line in a ninja file."""
+    return " ".join(shlex.quote(word) for word in words).replace("$", "$$")
 
 
 def ninja_path(path: Path) -> str:

@@ -26,7 +26,7 @@ struct Call {
 
   bool soft;               // targets: Level::soft_targets, else the codes
   bool incoming_elements;  // Level::incoming holds an incoming gradient for each logit
-  const void* codes;  // [level][image][anchor], numbered as Place::anchor is; int16, or int32 when wide_codes
+  const void* codes;       // [level][image][anchor], numbered as Place::anchor is; int16, or int32 when wide_codes
   bool wide_codes;
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
@@ -79,7 +79,6 @@ FASTFOCAL_HD bool is_plain(const Call& call) {
          call.label_smoothing == 0 && call.output != Output::kElementLoss && !call.incoming_elements &&
          call.dtype != DType::kFloat64;
 }
-
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Labels -> codes
@@ -157,7 +156,8 @@ FASTFOCAL_HD double divisor_of(const CountCall& call, int64_t i) {
     positives += call.counts[2 * n];
     ignored += call.counts[2 * n + 1];
   }
-  const double count = call.count == Count::kLogits ? double(call.anchors - ignored) * double(call.classes) : double(positives);
+  const double count =
+      call.count == Count::kLogits ? double(call.anchors - ignored) * double(call.classes) : double(positives);
   return count > call.minimum ? count : call.minimum;
 }
 

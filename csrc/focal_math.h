@@ -99,12 +99,15 @@ __device__ __forceinline__ float exp_of_sum(float hi, float lo) {
 FASTFOCAL_HD float at_least(float x, float c) { return x < c ? c : x; }
 FASTFOCAL_HD float at_most(float x, float c) { return x > c ? c : x; }
 FASTFOCAL_HD float reciprocal(float x) { return 1.0f / x; }
-FASTFOCAL_HD float round_small(float x) { return (x + 12582912.0f) - 12582912.0f; }  // 1.5 * 2^23: no bit is left for fractions
+FASTFOCAL_HD float round_small(float x) {
+  return (x + 12582912.0f) - 12582912.0f;
+}  // 1.5 * 2^23: no bit is left for fractions
 FASTFOCAL_HD float power_of_two(float n) { return bit_cast<float>(uint32_t(int32_t(n) + 127) << 23); }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Polynomials, for any width of float. Minimax fits (Remez); each says its relative error; coefficients from the lowest power.
+// Polynomials, for any width of float. Minimax fits (Remez); each says its relative error; coefficients from the lowest
+// power.
 
 template <class V, int kTerms>
 FASTFOCAL_HD V horner(V x, const float (&c)[kTerms]) {
@@ -119,7 +122,7 @@ FASTFOCAL_HD V horner(V x, const float (&c)[kTerms]) {
 // exp(f), |f| <= ln(2) / 2: 2e-9
 template <class V>
 FASTFOCAL_HD V exp_polynomial(V f) {
-  constexpr float c[] = {1.00000000055f,   1.00000003632f,   0.499999920802f,  0.166664201704f,
+  constexpr float c[] = {1.00000000055f,   1.00000003632f,    0.499999920802f,  0.166664201704f,
                          0.0416682254849f, 0.00837481576947f, 0.00138368507032f};
   return horner(f, c);
 }
@@ -127,7 +130,7 @@ FASTFOCAL_HD V exp_polynomial(V f) {
 // log(1 + e) / e - 1 over e, e in [0, 1]: 5e-9
 template <class V>
 FASTFOCAL_HD V log1p_polynomial(V e) {
-  constexpr float c[] = {-0.499999327628f, 0.333305113047f, -0.249585872982f, 0.196954000457f, -0.153553952088f,
+  constexpr float c[] = {-0.499999327628f, 0.333305113047f,  -0.249585872982f, 0.196954000457f,   -0.153553952088f,
                          0.10680554136f,   -0.057664434711f, 0.0202045817826f, -0.00331847222864f};
   return horner(e, c);
 }
@@ -135,8 +138,8 @@ FASTFOCAL_HD V log1p_polynomial(V e) {
 // log(1 + f) / f, 1 + f in [sqrt(1/2), sqrt(2)]: 4e-9
 template <class V>
 FASTFOCAL_HD V log_polynomial(V f) {
-  constexpr float c[] = {1.00000000067f,  -0.499999883243f, 0.333333023963f,  -0.25001570957f, 0.200032066928f,
-                         -0.166103423602f, 0.141607208363f, -0.132122602684f, 0.130191541452f, -0.078308253961f};
+  constexpr float c[] = {1.00000000067f,   -0.499999883243f, 0.333333023963f,  -0.25001570957f, 0.200032066928f,
+                         -0.166103423602f, 0.141607208363f,  -0.132122602684f, 0.130191541452f, -0.078308253961f};
   return horner(f, c);
 }
 
@@ -160,7 +163,6 @@ FASTFOCAL_HD float log1p_unit(float e) { return log1p_unit_by_polynomial(e); }
 #ifndef __CUDA_ARCH__
 FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_of_sum_by_polynomial(hi, lo); }
 #endif
-
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The formula

@@ -1,5 +1,6 @@
 // All levels of one call: where their memory lies, which anchor and class a logit belongs to, and how the levels together
-// split into equal tiles. Plain structs and index arithmetic, for the host and the device; a CUDA kernel takes Levels by value.
+// split into equal tiles. Plain structs and index arithmetic, for the host and the device; a CUDA kernel takes Levels by
+// value.
 #pragma once
 
 #include <cstdint>
@@ -25,11 +26,10 @@ struct Divisor {
 
   Divisor() = default;
   // n, the largest number that will be divided.
-  Divisor(uint32_t d, uint64_t n) : divisor(d), magic(d > 1 && n * d <= UINT32_MAX ? uint32_t((1ull << 32) / d + ((1ull << 32) % d != 0)) : 0) {}
+  Divisor(uint32_t d, uint64_t n)
+      : divisor(d), magic(d > 1 && n * d <= UINT32_MAX ? uint32_t((1ull << 32) / d + ((1ull << 32) % d != 0)) : 0) {}
 
-  FASTFOCAL_HD uint32_t of(uint32_t n) const {
-    return magic != 0 ? uint32_t((uint64_t(n) * magic) >> 32) : n / divisor;
-  }
+  FASTFOCAL_HD uint32_t of(uint32_t n) const { return magic != 0 ? uint32_t((uint64_t(n) * magic) >> 32) : n / divisor; }
 };
 
 // How one level's share of the work is cut: pieces are numbered level by level, image by image.

@@ -1,5 +1,5 @@
-// The operators: their schemas, and the host side that the CPU and CUDA versions share (checks, allocation, Levels). A device
-// gives `struct Device` with
+// The operators: their schemas, and the host side that the CPU and CUDA versions share (checks, allocation, Levels). A
+// device gives `struct Device` with
 //   static void run(const Call&, const Tensor& like);                          every tile of one Call
 //   static void reduce(const Call&, void* loss, bool add, const Tensor& like); Call::partial -> the reduced loss
 //   static void encode(const LabelCall&, const Tensor& like);                  labels -> codes, and adds to the counts
@@ -31,9 +31,9 @@ using Tensors = std::vector<Tensor>;
 // Schemas
 
 // The arguments that say what is computed, the same in three operators; Options mirrors them.
-#define FASTFOCAL_OPTIONS_SCHEMA                                                                                      \
-  "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_alpha, Tensor? divisor, "               \
-  "float[] level_scales, float positive_weight, float negative_weight, float gamma, float label_smoothing, "          \
+#define FASTFOCAL_OPTIONS_SCHEMA                                                                             \
+  "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_alpha, Tensor? divisor, "      \
+  "float[] level_scales, float positive_weight, float negative_weight, float gamma, float label_smoothing, " \
   "int num_classes, int reduction, int[] needs_grad"
 
 inline void define_operators(torch::stable::detail::StableLibrary& m) {
@@ -65,15 +65,15 @@ struct Options {
   }
 };
 
-#define FASTFOCAL_OPTIONS_PARAMETERS                                                                                  \
-  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                             \
-      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,             \
-      double positive_weight, double negative_weight, double gamma, double label_smoothing, int64_t num_classes,      \
+#define FASTFOCAL_OPTIONS_PARAMETERS                                                                             \
+  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                        \
+      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,        \
+      double positive_weight, double negative_weight, double gamma, double label_smoothing, int64_t num_classes, \
       int64_t reduction, std::vector<int64_t> needs_grad
-#define FASTFOCAL_OPTIONS                                                                                             \
-  Options {                                                                                                           \
-    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight, gamma,  \
-        label_smoothing, num_classes, static_cast<Reduction>(reduction), needs_grad                                   \
+#define FASTFOCAL_OPTIONS                                                                                            \
+  Options {                                                                                                          \
+    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight, gamma, \
+        label_smoothing, num_classes, static_cast<Reduction>(reduction), needs_grad                                  \
   }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +198,8 @@ struct Operators {
     }
     STD_TORCH_CHECK(losses.size() == 1, "losses: expected one tensor");
     check_like("losses", losses[0], logits[0], accumulation_type(logits[0]));
-    STD_TORCH_CHECK(losses[0].numel() == loss_size(logits, options), "losses: expected ", loss_size(logits, options), " numbers");
+    STD_TORCH_CHECK(losses[0].numel() == loss_size(logits, options), "losses: expected ", loss_size(logits, options),
+                    " numbers");
     run_groups(logits, options, Output::kLossAndGradient, over, {}, &losses[0]);
   }
 
@@ -261,8 +262,8 @@ struct Operators {
         if (labels.size() > 1) column = 0;
         const uint64_t cells = level.cells.divisor, anchors = static_cast<uint64_t>(level.anchors);
         LabelLevel& labelled = call.level[call.count++];
-        labelled.labels = static_cast<const char*>(t.const_data_ptr()) +
-                          column * t.stride(1) * static_cast<int64_t>(t.element_size());
+        labelled.labels =
+            static_cast<const char*>(t.const_data_ptr()) + column * t.stride(1) * static_cast<int64_t>(t.element_size());
         labelled.image_stride = t.stride(0);
         labelled.anchor_stride = t.stride(1);
         labelled.first_anchor = first_anchor;
@@ -279,8 +280,9 @@ struct Operators {
       if (call.chunks > 0) Device::encode(call, logits[0]);
     }
     if (divisor.numel() > 0) {
-      Device::count({call.counts, static_cast<double*>(divisor.mutable_data_ptr()), images, num_classes, codes, what, minimum},
-                    logits[0]);
+      Device::count(
+          {call.counts, static_cast<double*>(divisor.mutable_data_ptr()), images, num_classes, codes, what, minimum},
+          logits[0]);
     }
     return {out, divisor};
   }
@@ -432,8 +434,7 @@ struct Operators {
     call.reduction = o.reduction;
     call.codes = o.codes ? o.codes->const_data_ptr() : nullptr;
     call.wide_codes = o.num_classes > INT16_MAX;
-    call.wide_soft_targets =
-        !o.soft_targets.empty() && o.soft_targets[0].scalar_type() != logits[0].scalar_type();
+    call.wide_soft_targets = !o.soft_targets.empty() && o.soft_targets[0].scalar_type() != logits[0].scalar_type();
     call.anchor_weight = o.anchor_weight ? o.anchor_weight->const_data_ptr() : nullptr;
     call.class_alpha = o.class_alpha ? o.class_alpha->const_data_ptr() : nullptr;
     call.positive_weight = o.positive_weight;
@@ -466,8 +467,7 @@ struct Operators {
         level.out = outs.empty() || outs[l].numel() == 0 ? nullptr : outs[l].mutable_data_ptr();
         level.soft_targets = o.soft_targets.empty() ? nullptr : o.soft_targets[l].const_data_ptr();
         if (elementwise_incoming) {
-          STD_TORCH_CHECK(grad_outputs.size() == logits.size() &&
-                              grad_outputs[l].scalar_type() == logits[0].scalar_type(),
+          STD_TORCH_CHECK(grad_outputs.size() == logits.size() && grad_outputs[l].scalar_type() == logits[0].scalar_type(),
                           "grad_outputs: expected one a level, of the logits' dtype");
           check_order("grad_outputs", grad_outputs[l], logits[l]);
           level.incoming = grad_outputs[l].const_data_ptr();

@@ -7,7 +7,10 @@
 """
 
 from importlib.metadata import version as _version
+from pkgutil import extend_path as _extend_path
 
+# In a checkout that was installed with `pip install .`, Python finds this folder first and the compiled module elsewhere.
+__path__ = _extend_path(__path__, __name__)
 __version__ = _version("fastfocal")
 
 from fastfocal import reference

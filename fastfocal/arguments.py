@@ -105,7 +105,9 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
         if t.device != levels[0].device:
             raise ValueError(f"{name}[{i}]: expected the logits' device, {levels[0].device}, got {t.device}")
         if t.requires_grad:
-            raise ValueError(f"{name}[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True")
+            raise ValueError(
+                f"{name}[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True"
+            )
     if isinstance(value, Tensor) and len(levels) > 1:
         expected = (sum(counts),) if levels[0].dim() == 2 else (n, sum(counts))
         if shape(value) != expected:
@@ -151,11 +153,15 @@ def check_soft_targets(targets: Levels, levels: list[Tensor]) -> list[Tensor]:
         if not t.is_floating_point():
             raise TypeError(f"targets[{i}]: expected floating soft targets as level 0 has, got {t.dtype}")
         if t.shape != logits.shape:
-            raise ValueError(f"targets[{i}]: expected soft targets of the logits' shape {shape(logits)}, got {shape(t)}")
+            raise ValueError(
+                f"targets[{i}]: expected soft targets of the logits' shape {shape(logits)}, got {shape(t)}"
+            )
         if t.device != logits.device:
             raise ValueError(f"targets[{i}]: expected the logits' device, {logits.device}, got {t.device}")
         if t.requires_grad:
-            raise ValueError(f"targets[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True")
+            raise ValueError(
+                f"targets[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True"
+            )
     dtype = levels[0].dtype if all(t.dtype == levels[0].dtype for t in given) else accumulation_dtype(levels[0].dtype)
     # empty_like keeps the logits' strides.
     return [
@@ -189,7 +195,9 @@ def check_alpha(
         return 1.0, 1.0, None
     if isinstance(alpha, (int, float)):
         if math.isnan(alpha) or alpha > 1:
-            raise ValueError(f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}")
+            raise ValueError(
+                f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}"
+            )
         return (float(alpha), 1.0 - alpha, None) if alpha >= 0 else (1.0, 1.0, None)
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, Sequence) or not all(isinstance(a, (int, float)) for a in alpha):
@@ -199,7 +207,11 @@ def check_alpha(
         alpha = torch.tensor(list(alpha), dtype=torch.float64)
     elif alpha.requires_grad:
         raise ValueError("alpha: is not differentiated, expected requires_grad=False, got requires_grad=True")
-    elif alpha.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(((alpha >= 0) & (alpha <= 1)).all()):
+    elif (
+        alpha.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not bool(((alpha >= 0) & (alpha <= 1)).all())
+    ):
         raise ValueError(f"alpha: expected numbers in [0, 1], got {alpha.tolist()}")
     if alpha.dim() == 0:
         alpha = alpha.expand(num_classes)

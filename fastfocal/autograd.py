@@ -46,7 +46,11 @@ def graph_is_kept() -> bool:
 
 def in_memory_order_of(gradient: Tensor, like: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
     """A gradient for logits that were copied, in their own strides as far as dense memory can have them."""
-    return gradient if like is None else torch.empty_strided(*like, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+    return (
+        gradient
+        if like is None
+        else torch.empty_strided(*like, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+    )
 
 
 class FocalLossFunction(torch.autograd.Function):
@@ -112,10 +116,12 @@ class FocalLossFunction(torch.autograd.Function):
                 list(grad_outputs), dense, *options(plan, operands, soft_targets, needs_grad)
             )
         elif plan.reduction == ops.NONE:
-            wanted = [l for l in range(levels) if needs_grad[l]]
-            products = torch._foreach_mul([gradients[l] for l in wanted], [grad_outputs[l] for l in wanted])
-            for l, product in zip(wanted, products, strict=True):
-                gradients[l] = product
+            wanted = [level for level in range(levels) if needs_grad[level]]
+            products = torch._foreach_mul(
+                [gradients[level] for level in wanted], [grad_outputs[level] for level in wanted]
+            )
+            for level, product in zip(wanted, products, strict=True):
+                gradients[level] = product
         elif graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
             gradients = ops.library.scale_gradients(gradients, grad_outputs[0], plan.reduction)

@@ -46,7 +46,13 @@ def register_shapes(namespace: str) -> None:
     """Registers the shape ("fake") functions of the operators in a namespace."""
 
     def label_codes(
-        labels: list[Tensor], logits: list[Tensor], num_classes: int, background: int, ignore: int, count: int, least: float
+        labels: list[Tensor],
+        logits: list[Tensor],
+        num_classes: int,
+        background: int,
+        ignore: int,
+        count: int,
+        least: float,
     ) -> tuple[Tensor, Tensor]:
         anchors = sum(t.numel() // num_classes for t in logits)
         codes = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)

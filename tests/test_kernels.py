@@ -23,6 +23,7 @@ from cases import (
     same_bits,
 )
 from torch import Tensor
+from watch import Recorder
 
 import fastfocal
 
@@ -73,6 +74,18 @@ def problem(
     labels = [x.to(integers) for x in encode(draw_classes(size, generator), size.classes)]
     arranged = arrange(labels, size, form, rank=levels[0].ndim)
     return move(levels, backend.device), move(arranged, backend.device)
+
+
+def test_each_backend_runs_its_own_kernels(backend: Backend, generator: torch.Generator) -> None:
+    """A fixture that pointed every test at the same library would pass them all."""
+    levels, labels = problem(backend, ODD, generator)
+    called = {}
+    for namespace in ("fastfocal", "fastfocal_on_host"):
+        with Recorder(namespace) as recorder:
+            check(levels, labels, num_classes=ODD.classes)
+        called[namespace] = len(recorder.calls)
+    assert (called["fastfocal"] == 0) == (backend.name == "cuda_on_host")
+    assert (called["fastfocal_on_host"] > 0) == (backend.name == "cuda_on_host")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])

@@ -8,9 +8,9 @@ namespace fastfocal {
 // Tiles [begin, end) of a call, one after another.
 using RunTiles = void (*)(const Call&, int64_t begin, int64_t end);
 
-#define FASTFOCAL_DECLARE_ISA(isa)                                \
-  namespace isa {                                                 \
-  void run_tiles(const Call& call, int64_t begin, int64_t end);   \
+#define FASTFOCAL_DECLARE_ISA(isa)                              \
+  namespace isa {                                               \
+  void run_tiles(const Call& call, int64_t begin, int64_t end); \
   }
 #if defined(__x86_64__)
 FASTFOCAL_DECLARE_ISA(avx512)

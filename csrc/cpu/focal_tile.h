@@ -36,8 +36,8 @@ struct PlainTile {
   static constexpr bool kLoss = kOutput != Output::kGradient;
   static constexpr bool kGradient = kOutput != Output::kLoss;
 
-  const T* x;    // the image's logits
-  T* g;          // its gradient, or null
+  const T* x;  // the image's logits
+  T* g;        // its gradient, or null
   Formula formula;
   float negative, positive;  // weight times scale, for the gradient
   Sum negatives;
@@ -116,8 +116,8 @@ struct PlainTile {
     }
   }
 
-  // Positives met inside the loop above, read before g overwrites them (it may be x). They are pushed after the loop, so that
-  // its registers are not spilled for them.
+  // Positives met inside the loop above, read before g overwrites them (it may be x). They are pushed after the loop, so
+  // that its registers are not spilled for them.
   int holding = 0;
   int64_t held[kPerFloatSum * kLanes];
   float held_value[kPerFloatSum * kLanes];
@@ -176,8 +176,7 @@ void plain_tile(const Call& call, const Tile& tile, const Formula& formula, doub
   work.formula = formula;
   work.negative = float(call.negative_weight * scale);
   work.positive = float(call.positive_weight * scale);
-  const int16_t* codes =
-      static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
+  const int16_t* codes = static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
   const int classes = int(call.levels.classes.divisor);
   if (level.layout == Layout::kClassLast) {
     work.class_last(codes, classes, tile.begin, tile.end);
@@ -186,7 +185,8 @@ void plain_tile(const Call& call, const Tile& tile, const Formula& formula, doub
   }
   work.flush();
   if (partial != nullptr)
-    *partial = weigh(weigh(total(work.negatives), call.negative_weight) + weigh(work.positives, call.positive_weight), scale);
+    *partial =
+        weigh(weigh(total(work.negatives), call.negative_weight) + weigh(work.positives, call.positive_weight), scale);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

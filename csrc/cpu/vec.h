@@ -46,9 +46,7 @@ inline Vec select(Mask m, Vec a, Vec b) { return Vec(_mm512_mask_blend_ps(m.m, b
 // The second operand comes back when either is NaN.
 inline Vec at_least(Vec x, Vec c) { return Vec(_mm512_max_ps(c.v, x.v)); }
 inline Vec at_most(Vec x, Vec c) { return Vec(_mm512_min_ps(c.v, x.v)); }
-inline Vec round_small(Vec x) {
-  return Vec(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+inline Vec round_small(Vec x) { return Vec(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
 inline Vec power_of_two(Vec n) {
   const __m512i i = _mm512_cvtps_epi32(n.v);
   return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(127)), 23)));
@@ -71,9 +69,7 @@ inline Vec load(const BFloat16* p) {
   const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)));
 }
-inline Vec load(const Half* p) {
-  return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-}
+inline Vec load(const Half* p) { return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 inline void store(BFloat16* p, Vec x) {
   const __m512i b = _mm512_castps_si512(x.v);
@@ -84,15 +80,14 @@ inline void store(BFloat16* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 inline void store(Half* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 // Lanes whose 16-bit code equals a or b.
 inline Mask equal_either(const int16_t* codes, int16_t a, int16_t b) {
   const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-  const __m256i hit = _mm256_or_si256(_mm256_cmpeq_epi16(c, _mm256_set1_epi16(a)),
-                                      _mm256_cmpeq_epi16(c, _mm256_set1_epi16(b)));
+  const __m256i hit =
+      _mm256_or_si256(_mm256_cmpeq_epi16(c, _mm256_set1_epi16(a)), _mm256_cmpeq_epi16(c, _mm256_set1_epi16(b)));
   const __m512i wide = _mm512_cvtepi16_epi32(hit);
   return {_mm512_test_epi32_mask(wide, wide)};
 }
@@ -174,8 +169,7 @@ inline void store(BFloat16* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 inline void store(Half* p, Vec x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 // Lanes whose 16-bit code equals a or b.

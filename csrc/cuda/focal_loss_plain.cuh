@@ -1,8 +1,8 @@
 // The plain kernel (is_plain in call.h): labels, a constant weight for each of the two classes.
 //
-// Bytes: each logit read once, each gradient written once, two bytes of code per anchor. A thread takes 16 bytes of logits at a
-// time, computes them all as negatives, and repairs the rare positive in a divergent branch; a positive or ignored logit does
-// not enter the sum before it is repaired.
+// Bytes: each logit read once, each gradient written once, two bytes of code per anchor. A thread takes 16 bytes of logits
+// at a time, computes them all as negatives, and repairs the rare positive in a divergent branch; a positive or ignored
+// logit does not enter the sum before it is repaired.
 #pragma once
 
 #include "../focal_math.h"
@@ -92,8 +92,7 @@ __device__ __forceinline__ Special special_logits(const int16_t* codes, const Ti
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kCount / 2; ++i)
-        word[i] = uint32_t(uint16_t(p[2 * i])) | uint32_t(uint16_t(p[2 * i + 1])) << 16;
+      for (int i = 0; i < kCount / 2; ++i) word[i] = uint32_t(uint16_t(p[2 * i])) | uint32_t(uint16_t(p[2 * i + 1])) << 16;
     }
     uint32_t all = word[0];
 #pragma unroll
@@ -121,7 +120,7 @@ template <class T, class Formula, Output kOutput>
 struct PlainThread {
   static constexpr int kCount = kVector<T>;
   Formula formula;
-  float negative, positive;  // weight times scale, for the gradient
+  float negative, positive;             // weight times scale, for the gradient
   double negatives = 0, positives = 0;  // sums of the bare losses
 
   // A whole vector: x becomes its gradient.
@@ -141,7 +140,8 @@ struct PlainThread {
         const int at = __ffs(int(rest)) - 1;
         float logit = 0.0f;
 #pragma unroll
-        for (int i = 0; i < kCount; ++i) logit = i == at ? x[i] : logit;  // an array indexed at run time would leave registers
+        for (int i = 0; i < kCount; ++i)
+          logit = i == at ? x[i] : logit;  // an array indexed at run time would leave registers
         const Term<float> t = formula.positive(logit);
         positives += double(t.loss);
 #pragma unroll
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
       }
     }
     if constexpr (kOutput != Output::kGradient) {
-      const double sum = block_sum(weigh(thread.negatives, call.negative_weight) +
-                                   weigh(thread.positives, call.positive_weight));
+      const double sum =
+          block_sum(weigh(thread.negatives, call.negative_weight) + weigh(thread.positives, call.positive_weight));
       if (threadIdx.x == 0) call.partial[index] = weigh(sum, scale);
     }
   }

@@ -11,8 +11,8 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
   for (int64_t index = first_item(call.pieces, blockIdx.x); index < last; ++index) {
     const ScalePiece piece = scale_piece_at(call, index);
     const ScaleLevel& level = call.level[piece.level];
-    const S factor = S(incoming_scale<S>(call.incoming, call.incoming_stride, call.reduction,
-                                         call.first_level + piece.level, piece.image));
+    const S factor = S(
+        incoming_scale<S>(call.incoming, call.incoming_stride, call.reduction, call.first_level + piece.level, piece.image));
     if (factor == S(1) && level.source == level.target) continue;
     const T* from = static_cast<const T*>(level.source);
     T* to = static_cast<T*>(level.target);
