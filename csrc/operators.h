@@ -2,6 +2,7 @@
 // device gives `struct Device` with
 //   static void run(const Call&, const Tensor& like);                          every tile of one Call
 //   static void reduce(const Call&, void* loss, bool add, const Tensor& like); Call::partial -> the reduced loss
+//   static void fresh(void* memory, size_t bytes);                             about to be written for the first time
 //   static void encode(const LabelCall&, const Tensor& like);                  labels -> codes, and adds to the counts
 //   static void count(const CountCall&, const Tensor& like);                   counts -> divisor
 //   static void scale(const ScaleCall&, const Tensor& like);                   finished gradients by the incoming one
@@ -309,16 +310,22 @@ struct Operators {
  private:
   static Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
 
+  static Tensor fresh_like(const Tensor& t) {
+    const Tensor out = torch::stable::empty_like(t);
+    Device::fresh(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
+    return out;
+  }
+
   static Tensors like_all(const Tensors& tensors) {  // the same dtypes and strides
     Tensors out;
-    for (const Tensor& t : tensors) out.push_back(torch::stable::empty_like(t));
+    for (const Tensor& t : tensors) out.push_back(fresh_like(t));
     return out;
   }
 
   static Tensors like_needed(const Tensors& logits, const Options& options) {
     Tensors out;
     for (size_t l = 0; l < logits.size(); ++l)
-      out.push_back(options.needs(l) ? torch::stable::empty_like(logits[l]) : none_like(logits[l]));
+      out.push_back(options.needs(l) ? fresh_like(logits[l]) : none_like(logits[l]));
     return out;
   }
 

@@ -76,6 +76,7 @@ class FocalLossFunction(torch.autograd.Function):
         if mode == "recompute":
             losses, _ = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, [0] * len(dense)))
             ctx.present = [t is not None for t in operands]
+            ctx.soft = len(soft_targets)
             ctx.save_for_backward(*dense, *soft_targets, *(t for t in operands if t is not None))
         elif mode == "inplace":
             losses = ops.new_losses(dense, plan.reduction)
@@ -103,17 +104,19 @@ class FocalLossFunction(torch.autograd.Function):
         levels = len(needs_grad)
         gradients = list(ctx.saved_tensors)
         if ctx.mode == "recompute":
-            dense, rest = gradients[:levels], gradients[levels:]
-            tensors = iter(rest[len(rest) - sum(ctx.present) :])
-            soft_targets = rest[: len(rest) - sum(ctx.present)]
-            operands = Operands(*(next(tensors) if present else None for present in ctx.present))
+            dense = gradients[:levels]
+            soft_targets = gradients[levels : levels + ctx.soft]
+            rest = gradients[levels + ctx.soft :]
+            operands = Operands(*[rest.pop(0) if present else None for present in ctx.present])
             if plan.reduction == ops.NONE:  # the kernel reads the incoming gradients in the logits' order
-                grad_outputs = tuple(
+                incoming = [
                     g if g.stride() == t.stride() else torch.empty_like(t).copy_(g)
                     for g, t in zip(grad_outputs, dense, strict=True)
-                )
+                ]
+            else:
+                incoming = list(grad_outputs)
             gradients = ops.library.focal_loss_backward(
-                list(grad_outputs), dense, *options(plan, operands, soft_targets, needs_grad)
+                incoming, dense, *options(plan, operands, soft_targets, needs_grad)
             )
         elif plan.reduction == ops.NONE:
             wanted = [level for level in range(levels) if needs_grad[level]]

@@ -92,23 +92,7 @@ def focal_loss(
     dense = arguments.dense(levels)
     anchor_weight = None if weight is None else arguments.check_weight(weight, dense, classes)
 
-    # The normalizer: a number is folded into the scales, everything else is a divisor on the logits' device.
-    divisor: Tensor | None = None
-    count = ops.COUNT_NOTHING
-    number = 1.0
-    if reduction == "mean":
-        if soft:
-            number = float(max(1, sum(t.numel() for t in levels)))
-        count = ops.COUNT_LOGITS
-    elif normalizer == "positives":
-        count = ops.COUNT_POSITIVES
-    elif normalizer == "positives_per_image":
-        count = ops.COUNT_POSITIVES_PER_IMAGE
-        number = float(max(1, ops.images(levels[0])))
-    elif isinstance(normalizer, Tensor):
-        divisor = normalizer.to(levels[0].device, torch.float64, non_blocking=True).contiguous()
-    elif normalizer is not None:
-        number = float(normalizer)
+    count, number, divisor = resolve_normalizer(None if reduction == "mean" else normalizer, reduction, dense, soft)
     if number != 1.0:
         scales = [scale / number for scale in scales]
 
@@ -136,6 +120,22 @@ def focal_loss(
     if reduction == "none" and not single:
         return list(losses)
     return losses[0]
+
+
+def resolve_normalizer(
+    normalizer: str | float | Tensor | None, reduction: str, levels: list[Tensor], soft: bool
+) -> tuple[int, float, Tensor | None]:
+    """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
+    if reduction == "mean":
+        return ops.COUNT_LOGITS, float(max(1, sum(t.numel() for t in levels))) if soft else 1.0, None
+    if isinstance(normalizer, Tensor):
+        divisor = normalizer.detach().to(levels[0].device, torch.float64, non_blocking=True)
+        return ops.COUNT_NOTHING, 1.0, divisor.contiguous()
+    if normalizer == "positives":
+        return ops.COUNT_POSITIVES, 1.0, None
+    if normalizer == "positives_per_image":
+        return ops.COUNT_POSITIVES_PER_IMAGE, float(max(1, ops.images(levels[0]))), None
+    return ops.COUNT_NOTHING, 1.0 if normalizer is None else float(normalizer), None
 
 
 def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:

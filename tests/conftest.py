@@ -11,11 +11,17 @@ from cases import NATIVE, Backend
 import fastfocal
 
 
+registered: set[str] = set()  # namespaces whose operators have their shape functions
+
+
 @pytest.fixture(params=[*NATIVE, "cuda_on_host"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if request.param == "cuda_on_host":
         importlib.import_module("cuda_on_host.build").load()
         monkeypatch.setattr(fastfocal.ops, "library", torch.ops.fastfocal_on_host)
+        if "fastfocal_on_host" not in registered:
+            fastfocal.ops.register_shapes("fastfocal_on_host")
+            registered.add("fastfocal_on_host")
         return Backend("cuda_on_host", torch.device("cpu"), slow=True)
     return Backend(request.param, torch.device(request.param))
 

@@ -158,12 +158,12 @@ def test_many_backwards_one_backward_and_the_fused_loss_agree(
 
 def nodes(root: Any) -> set[Any]:
     seen: set[Any] = set()
-    todo = [root]
-    while todo:
-        node = todo.pop()
+    pending = [root]
+    while pending:
+        node = pending.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            todo += [parent for parent, _ in node.next_functions]
+            pending += [parent for parent, _ in node.next_functions]
     return seen
 
 

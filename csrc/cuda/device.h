@@ -12,6 +12,7 @@ struct Cuda {
   static void reduce(const Call& call, void* loss, int64_t size, bool add, const Tensor& like) {
     cuda::reduce(call, loss, size, add, Context(like));
   }
+  static void fresh(void*, size_t) {}
   static void encode(const LabelCall& call, const Tensor& like) { cuda::encode(call, Context(like)); }
   static void count(const CountCall& call, const Tensor& like) { cuda::count(call, Context(like)); }
   static void scale(const ScaleCall& call, const Tensor& like) { cuda::scale(call, Context(like)); }
