@@ -26,9 +26,11 @@
 // alpha is a weight of the two classes and stays outside: kernels multiply it in with the other weights.
 //
 // V is float, double or a vector of floats (cpu/vec.h); S is its scalar. A type needs these, found by overload:
-//   fused_multiply_add, absolute, reciprocal, select(mask, a, b), +, -, *, <, and
+//   fused_multiply_add, minus_absolute (-|x|), reciprocal, select(mask, a, b), +, -, *, <, is_negative(x) (a mask; either way
+//   for a zero or NaN), and
 //   at_least(x, c), at_most(x, c)   clamps that let NaN through,
-//   exp_of_sum(hi, lo)              exp(hi + lo) for hi <= 0 and |lo| tiny, 0 for hi = -inf,
+//   exp_nonpositive(x)              exp(x) for x <= 0, 0 for -inf,
+//   exp_of_sum(hi, lo)              exp(hi + lo) for hi <= 0 and |lo| tiny,
 //   log1p_unit(e)                   log(1 + e) for e in [0, 1],      log_positive(w)   log(w) for w > 0,
 //   product_error(a, b, ab)         a b - ab exactly, where ab is a b rounded.
 #pragma once
@@ -44,18 +46,21 @@ namespace fastfocal {
 // float and double
 
 FASTFOCAL_HD double fused_multiply_add(double a, double b, double c) { return fma(a, b, c); }
-FASTFOCAL_HD double absolute(double x) { return fabs(x); }
+FASTFOCAL_HD double minus_absolute(double x) { return -fabs(x); }
+FASTFOCAL_HD bool is_negative(double x) { return x < 0; }
 FASTFOCAL_HD double reciprocal(double x) { return 1.0 / x; }
 FASTFOCAL_HD double select(bool mask, double a, double b) { return mask ? a : b; }
 FASTFOCAL_HD double at_least(double x, double c) { return x < c ? c : x; }
 FASTFOCAL_HD double at_most(double x, double c) { return x > c ? c : x; }
+FASTFOCAL_HD double exp_nonpositive(double x) { return exp(x); }
 FASTFOCAL_HD double exp_of_sum(double hi, double lo) { return exp(hi + lo); }
 FASTFOCAL_HD double log1p_unit(double e) { return log1p(e); }
 FASTFOCAL_HD double log_positive(double w) { return log(w); }
 FASTFOCAL_HD double product_error(double a, double b, double ab) { return fma(a, b, -ab); }
 
 FASTFOCAL_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-FASTFOCAL_HD float absolute(float x) { return fabsf(x); }
+FASTFOCAL_HD float minus_absolute(float x) { return -fabsf(x); }
+FASTFOCAL_HD bool is_negative(float x) { return x < 0; }
 FASTFOCAL_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 FASTFOCAL_HD float product_error(float a, float b, float ab) { return fmaf(a, b, -ab); }
 FASTFOCAL_HD float log_positive(float w) { return logf(w); }
@@ -95,14 +100,20 @@ __device__ __forceinline__ float exp_of_sum(float hi, float lo) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
   return fmaf(y, fmaf(t_lo, 0.693147181f, lo), y);
 }
+__device__ __forceinline__ float exp_nonpositive(float x) { return exp_of_sum(x, 0.0f); }
 #else
 FASTFOCAL_HD float at_least(float x, float c) { return x < c ? c : x; }
 FASTFOCAL_HD float at_most(float x, float c) { return x > c ? c : x; }
 FASTFOCAL_HD float reciprocal(float x) { return 1.0f / x; }
-FASTFOCAL_HD float round_small(float x) {
-  return (x + 12582912.0f) - 12582912.0f;
-}  // 1.5 * 2^23: no bit is left for fractions
-FASTFOCAL_HD float power_of_two(float n) { return bit_cast<float>(uint32_t(int32_t(n) + 127) << 23); }
+// Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low bits: an exponent, once shifted up.
+FASTFOCAL_HD void split_ln2(float& x, float* n, float* power) {
+  constexpr float kMagic = 12582912.0f + 127.0f;
+  x = at_least(x, -88.0297f);
+  const float shifted = fmaf(x, 1.44269504f, kMagic);
+  *n = shifted - kMagic;
+  *power = bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
+}
+FASTFOCAL_HD float less_multiple_of_ln2(float x, float n) { return fmaf(n, -0.693147181f, x); }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -119,19 +130,18 @@ FASTFOCAL_HD V horner(V x, const float (&c)[kTerms]) {
   return y;
 }
 
-// exp(f), |f| <= ln(2) / 2: 2e-9
+// exp(f), |f| <= ln(2) / 2: 1.1e-7, and exactly 1 for 0
 template <class V>
 FASTFOCAL_HD V exp_polynomial(V f) {
-  constexpr float c[] = {1.00000000055f,   1.00000003632f,    0.499999920802f,  0.166664201704f,
-                         0.0416682254849f, 0.00837481576947f, 0.00138368507032f};
+  constexpr float c[] = {1.0f, 0.999999778052f, 0.499992296037f, 0.166675453028f, 0.0418901110966f, 0.00829186243821f};
   return horner(f, c);
 }
 
-// log(1 + e) / e - 1 over e, e in [0, 1]: 5e-9
+// (log(1 + e) - e) / e^2, e in [0, 1]; log(1 + e) is then exact to 2.2e-7, and to 0 as e vanishes
 template <class V>
 FASTFOCAL_HD V log1p_polynomial(V e) {
-  constexpr float c[] = {-0.499999327628f, 0.333305113047f,  -0.249585872982f, 0.196954000457f,   -0.153553952088f,
-                         0.10680554136f,   -0.057664434711f, 0.0202045817826f, -0.00331847222864f};
+  constexpr float c[] = {-0.499981802756f, 0.332840627493f,  -0.245368605399f, 0.178471938007f,
+                         -0.109022717576f, 0.0449865121096f, -0.00877892075108f};
   return horner(e, c);
 }
 
@@ -143,17 +153,20 @@ FASTFOCAL_HD V log_polynomial(V f) {
   return horner(f, c);
 }
 
-// exp(hi + lo) for hi <= 0: hi = n ln 2 + f by two fused steps, so that f is exact however large n is. ln 2's leading part
-// has few bits: n times it is exact even where there is no fused multiply-add.
+// exp(hi + lo) for hi <= 0: hi = n ln 2 + f. split_ln2() clamps hi to
+// -127 ln 2 and gives n and 2^n, 0 for n = -127; less_multiple_of_ln2() gives f, to 2^-24 however large n is.
 template <class V>
-FASTFOCAL_HD V exp_of_sum_by_polynomial(V hi, V lo) {
-  hi = at_least(hi, V(-88.0297f));  // -127 ln 2: the smallest power of two that power_of_two() turns into 0
-  const V n = round_small(hi * V(1.44269504f));
-  V f = fused_multiply_add(n, V(-0.693145752f), hi);
-  f = fused_multiply_add(n, V(-1.42860677e-6f), f) + lo;
-  return exp_polynomial(f) * power_of_two(n);
+FASTFOCAL_HD V exp_by_polynomial(V hi, V lo) {
+  V n, power;
+  split_ln2(hi, &n, &power);
+  return exp_polynomial(less_multiple_of_ln2(hi, n) + lo) * power;
 }
-
+template <class V>
+FASTFOCAL_HD V exp_by_polynomial(V hi) {
+  V n, power;
+  split_ln2(hi, &n, &power);
+  return exp_polynomial(less_multiple_of_ln2(hi, n)) * power;
+}
 template <class V>
 FASTFOCAL_HD V log1p_unit_by_polynomial(V e) {
   return fused_multiply_add(e * e, log1p_polynomial(e), e);
@@ -161,7 +174,8 @@ FASTFOCAL_HD V log1p_unit_by_polynomial(V e) {
 
 FASTFOCAL_HD float log1p_unit(float e) { return log1p_unit_by_polynomial(e); }
 #ifndef __CUDA_ARCH__
-FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_of_sum_by_polynomial(hi, lo); }
+FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_by_polynomial(hi, lo); }
+FASTFOCAL_HD float exp_nonpositive(float x) { return exp_by_polynomial(x); }
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +202,7 @@ constexpr double kLarge = 1e30;
 // A loss times a weight; a weight of 0 beats an infinite loss (but not NaN).
 template <class V, class W>
 FASTFOCAL_HD V weigh(V loss, W weight) {
-  return select(absolute(V(weight)) < smallest_normal<V>(), at_most(loss, V(kLarge)), loss) * V(weight);
+  return select(V(0) - smallest_normal<V>() < minus_absolute(V(weight)), at_most(loss, V(kLarge)), loss) * V(weight);
 }
 
 enum class Gamma { kTwo, kAny };
@@ -221,16 +235,16 @@ struct FocalLoss {
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y) const {
     const V zero = V(S(0)), one = V(S(1));
-    const V magnitude = absolute(x);
-    const V e = exp_of_sum(zero - magnitude, zero);
+    const V minus = minus_absolute(x);
+    const V e = exp_nonpositive(minus);
     const V r = reciprocal(one + e);
     const V er = e * r;
-    const auto left = x < zero;
+    const auto left = is_negative(x);
     const V u = select(left, y, one - y);
     const V sum = fused_multiply_add(e, one - u, u);  // u + e (1 - u)
     const V w = r * sum;
     const V v = kSmoothing ? fused_multiply_add(u, V(S(1) - 2 * half_smoothing), V(half_smoothing)) : u;
-    const V ce = log1p_unit(e) + select(v < smallest_normal<V>(), zero, magnitude * v);  // not 0 * inf
+    const V ce = log1p_unit(e) + select(v < smallest_normal<V>(), zero, zero - minus * v);  // not 0 * inf
     V power;
     if constexpr (kGamma == Gamma::kTwo) {
       power = w * w;
@@ -255,10 +269,10 @@ struct FocalLoss {
   template <class V>
   FASTFOCAL_HD Term<V> term(V z) const {
     const V zero = V(S(0)), one = V(S(1));
-    const V e = exp_of_sum(zero - absolute(z), zero);
+    const V e = exp_nonpositive(minus_absolute(z));
     const V r = reciprocal(one + e);
     const V er = e * r;
-    const auto right = z < zero;  // the logit is on the side of its target
+    const auto right = is_negative(z);  // the logit is on the side of its target
     const V q = select(right, er, r);
     const V p = select(right, r, er);
     const V l = log1p_unit(e);
@@ -278,7 +292,7 @@ struct FocalLoss {
 
     if constexpr (kSmoothing) {
       const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
-      const V ce = fused_multiply_add(absolute(z), u, l);
+      const V ce = l - minus_absolute(z) * u;
       const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q - V(half_smoothing));
       return {power * at_most_where_zero(ce, power), slope};
     } else {

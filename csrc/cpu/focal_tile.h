@@ -16,7 +16,8 @@ namespace FASTFOCAL_ISA {
 using fastfocal::fused_multiply_add;  // beside Vec's, for double
 using fastfocal::select;
 
-inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_of_sum_by_polynomial(hi, lo); }
+inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_by_polynomial(hi, lo); }
+inline Vec exp_nonpositive(Vec x) { return exp_by_polynomial(x); }
 inline Vec log1p_unit(Vec e) { return log1p_unit_by_polynomial(e); }
 inline Vec log_positive(Vec w) {
   Vec n, m;
@@ -72,6 +73,9 @@ struct PlainTile {
   template <bool kCodes>
   void run(int64_t begin, int64_t end, const int16_t* codes, int k) {
     const int ahead = kPrefetch / int(sizeof(T));
+    const T* const x = this->x;  // copies that no store can change
+    T* const g = this->g;
+    const Formula formula = this->formula;
     const Vec weight(negative);
     int64_t i = begin;
     while (i + kLanes <= end) {

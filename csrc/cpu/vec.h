@@ -41,16 +41,13 @@ inline Vec operator*(Vec a, Vec b) { return Vec(_mm512_mul_ps(a.v, b.v)); }
 inline Mask operator<(Vec a, Vec b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 inline Vec fused_multiply_add(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(a.v, b.v, c.v)); }
 inline Vec product_error(Vec a, Vec b, Vec ab) { return Vec(_mm512_fmsub_ps(a.v, b.v, ab.v)); }
-inline Vec absolute(Vec a) { return Vec(_mm512_abs_ps(a.v)); }
+inline Vec minus_absolute(Vec a) { return Vec(_mm512_or_ps(a.v, _mm512_set1_ps(-0.0f))); }
+inline Mask is_negative(Vec a) { return {_mm512_movepi32_mask(_mm512_castps_si512(a.v))}; }
 inline Vec select(Mask m, Vec a, Vec b) { return Vec(_mm512_mask_blend_ps(m.m, b.v, a.v)); }
 // The second operand comes back when either is NaN.
 inline Vec at_least(Vec x, Vec c) { return Vec(_mm512_max_ps(c.v, x.v)); }
 inline Vec at_most(Vec x, Vec c) { return Vec(_mm512_min_ps(c.v, x.v)); }
-inline Vec round_small(Vec x) { return Vec(_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
-inline Vec power_of_two(Vec n) {
-  const __m512i i = _mm512_cvtps_epi32(n.v);
-  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(127)), 23)));
-}
+inline Vec shifted_up(Vec x) { return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))); }
 // The table's 14 bits, doubled by a Newton step.
 inline Vec reciprocal(Vec d) {
   const __m512 r = _mm512_rcp14_ps(d.v);
@@ -128,16 +125,13 @@ inline Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.v, b.v)); }
 inline Mask operator<(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 inline Vec fused_multiply_add(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.v, b.v, c.v)); }
 inline Vec product_error(Vec a, Vec b, Vec ab) { return Vec(_mm256_fmsub_ps(a.v, b.v, ab.v)); }
-inline Vec absolute(Vec a) { return Vec(_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)); }
+inline Vec minus_absolute(Vec a) { return Vec(_mm256_or_ps(a.v, _mm256_set1_ps(-0.0f))); }
+inline Mask is_negative(Vec a) { return {a.v}; }  // a blend looks at the sign alone
 inline Vec select(Mask m, Vec a, Vec b) { return Vec(_mm256_blendv_ps(b.v, a.v, m.m)); }
 // The second operand comes back when either is NaN.
 inline Vec at_least(Vec x, Vec c) { return Vec(_mm256_max_ps(c.v, x.v)); }
 inline Vec at_most(Vec x, Vec c) { return Vec(_mm256_min_ps(c.v, x.v)); }
-inline Vec round_small(Vec x) { return Vec(_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
-inline Vec power_of_two(Vec n) {
-  const __m256i i = _mm256_cvtps_epi32(n.v);
-  return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23)));
-}
+inline Vec shifted_up(Vec x) { return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))); }
 // The table's 12 bits, doubled by a Newton step.
 inline Vec reciprocal(Vec d) {
   const __m256 r = _mm256_rcp_ps(d.v);
@@ -227,17 +221,11 @@ inline Vec product_error(Vec a, Vec b, Vec ab) {
   return Vec(((ah * bh - ab.v) + ah * bl + al * bh) + al * bl);
 }
 inline Vec select(Mask m, Vec a, Vec b) { return Vec(blend(m.m, a.v, b.v)); }
-inline Vec absolute(Vec a) { return Vec(Floats(Ints(a.v) & 0x7fffffff)); }
+inline Vec minus_absolute(Vec a) { return Vec(Floats(Unsigned(a.v) | 0x80000000u)); }
+inline Mask is_negative(Vec a) { return {Ints(a.v) >> 31}; }
 inline Vec at_least(Vec x, Vec c) { return Vec(blend(x.v < c.v, c.v, x.v)); }
 inline Vec at_most(Vec x, Vec c) { return Vec(blend(x.v > c.v, c.v, x.v)); }
-inline Vec round_small(Vec x) {
-  const Floats magic = Vec(12582912.0f).v;  // 1.5 * 2^23: no bit is left for fractions
-  return Vec((x.v + magic) - magic);
-}
-inline Vec power_of_two(Vec n) {
-  const Floats shifted = n.v + Vec(12582912.0f).v;  // the integer now stands in the low bits
-  return Vec(Floats((Unsigned(shifted) + 127u) << 23));
-}
+inline Vec shifted_up(Vec x) { return Vec(Floats(Unsigned(x.v) << 23)); }
 inline Vec reciprocal(Vec d) { return Vec(Vec(1.0f).v / d.v); }
 inline void split_exponent(Vec w, Vec* n, Vec* m) {
   const Ints bits = Ints(w.v);
@@ -279,6 +267,23 @@ struct Sum {
 };
 
 #endif
+
+// The steps of exp_by_polynomial() in focal_math.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
+// bits: an exponent, once shifted up.
+inline void split_ln2(Vec& x, Vec* n, Vec* power) {
+  const Vec magic(12582912.0f + 127.0f);
+  x = at_least(x, Vec(-88.0297f));
+  const Vec shifted = fused_multiply_add(x, Vec(1.44269504f), magic);
+  *n = shifted - magic;
+  *power = shifted_up(shifted);
+}
+inline Vec less_multiple_of_ln2(Vec x, Vec n) {
+#ifdef __FMA__
+  return fused_multiply_add(n, Vec(-0.693147181f), x);
+#else  // ln 2's leading part has few bits, so that n times it is exact
+  return fused_multiply_add(n, Vec(-1.42860677e-6f), fused_multiply_add(n, Vec(-0.693145752f), x));
+#endif
+}
 
 template <class T>
 inline Vec load_first(const T* p, int n) {  // the first n lanes, the rest 0
