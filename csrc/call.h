@@ -73,10 +73,15 @@ FASTFOCAL_HD int code_at(const Call& call, int64_t anchor) {
                          : int(static_cast<const int16_t*>(call.codes)[anchor]);
 }
 
-// The common case has kernels of its own: labels, two class weights, nothing per anchor or per element.
+// Two class weights, nothing per anchor or per element.
+FASTFOCAL_HD bool has_constant_weights(const Call& call) {
+  return call.anchor_weight == nullptr && call.class_alpha == nullptr && !call.incoming_elements &&
+         call.output != Output::kElementLoss;
+}
+
+// The common case has kernels of its own: labels, constant weights, no smoothing.
 FASTFOCAL_HD bool is_plain(const Call& call) {
-  return !call.soft && !call.wide_codes && call.anchor_weight == nullptr && call.class_alpha == nullptr &&
-         call.label_smoothing == 0 && call.output != Output::kElementLoss && !call.incoming_elements &&
+  return has_constant_weights(call) && !call.soft && !call.wide_codes && call.label_smoothing == 0 &&
          call.dtype != DType::kFloat64;
 }
 

@@ -193,6 +193,49 @@ void plain_tile(const Call& call, const Tile& tile, const Formula& formula, doub
         weigh(weigh(total(work.negatives), call.negative_weight) + weigh(work.positives, call.positive_weight), scale);
 }
 
+// Soft targets with constant weights: two streams in, one out. Y is T, or float beside 16-bit logits.
+template <class T, class Y, class Formula>
+void soft_tile(const Call& call, const Tile& tile, const Formula& formula, double* partial) {
+  const Level& level = call.levels.level[tile.level];
+  const int64_t base = tile.image * level.image_logits;
+  const T* x = static_cast<const T*>(level.logits) + base;
+  const Y* target = static_cast<const Y*>(level.soft_targets) + base;
+  T* g = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + base;
+  const double scale = scale_of<float>(call, tile.level, tile.image);
+  // The sum takes the bare weights, the gradient the scaled ones: a zero scale must not make an infinite loss NaN.
+  const Vec negative(float(call.negative_weight)), more(float(call.positive_weight - call.negative_weight));
+  const Vec scaled{float(scale)};
+  Sum sum;
+  int64_t i = tile.begin;
+  while (i < tile.end) {
+    const int64_t stop = tile.end - i < kPerFloatSum * kLanes ? tile.end : i + kPerFloatSum * kLanes;
+    Vec part(0.0f);
+    for (; i + kLanes <= stop; i += kLanes) {
+      __builtin_prefetch(x + i + kPrefetch / int(sizeof(T)));
+      __builtin_prefetch(target + i + kPrefetch / int(sizeof(Y)));
+      const Vec y = load(target + i);
+      const Term<Vec> t = formula.soft(load(x + i), y);
+      const Vec w = fused_multiply_add(y, more, negative);
+      part = part + weigh(t.loss, w);
+      if (g != nullptr) store(g + i, t.slope * (w * scaled));
+    }
+    if (i < stop) {
+      const int n = int(stop - i);
+      const Vec y = load_first(target + i, n);
+      const Term<Vec> t = formula.soft(load_first(x + i, n), y);
+      const Vec w = fused_multiply_add(y, more, negative);
+      float loss[kLanes];
+      store(loss, weigh(t.loss, w));
+      for (int lane = n; lane < kLanes; ++lane) loss[lane] = 0;
+      part = part + load(loss);
+      if (g != nullptr) store_first(g + i, t.slope * (w * scaled), n);
+      i = stop;
+    }
+    sum.add(part);
+  }
+  if (partial != nullptr) *partial = weigh(total(sum), scale);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The general case: everything an element needs is gathered into small arrays, then computed as a vector.
 
@@ -328,8 +371,16 @@ void general(const Call& call, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile = tile_at(call.levels, t);
     const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
-    if (sums || call.levels.level[tile.level].out != nullptr)
-      general_tile<T, S>(call, tile, formula, sums ? call.partial + t : nullptr);
+    double* partial = sums ? call.partial + t : nullptr;
+    if (!sums && call.levels.level[tile.level].out == nullptr) continue;
+    if constexpr (sizeof(S) == sizeof(float)) {
+      if (call.soft && has_constant_weights(call)) {
+        call.wide_soft_targets ? soft_tile<T, float>(call, tile, formula, partial)
+                               : soft_tile<T, T>(call, tile, formula, partial);
+        continue;
+      }
+    }
+    general_tile<T, S>(call, tile, formula, partial);
   }
 }
 
