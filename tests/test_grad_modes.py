@@ -202,6 +202,40 @@ def _only(expected: Any, levels: list[int]) -> Any:
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_for_each_level_beyond_one_launch(backend: Backend, mode: str, generator: torch.Generator) -> None:
+    """A launch holds 16 levels; the later ones have their own entries of the incoming gradient too."""
+    size = Size(2, 1, 3, ((2, 1),) * 20)
+    levels = move(draw_levels(size, generator), backend.device)
+    labels = move(encode(draw_classes(size, generator), size.classes), backend.device)
+    inputs, given = prepared(levels, mode)
+    options: dict[str, Any] = {"num_classes": size.classes, "reduction": "level"}
+    loss = fastfocal.focal_loss(given, labels, grad_mode=mode, **options)
+    grads = torch.autograd.grad(loss, inputs, torch.arange(1, 21).to(loss))
+    expected = expect(levels, labels, **options)
+    for level, (g, want) in enumerate(zip(grads, expected.grads, strict=True)):
+        assert_close(g, (level + 1) * want, tolerance(g.dtype, 2.0), what=f"level {level}")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "image"])
+@pytest.mark.parametrize("mode", MODES)
+def test_scaled_loss_of_a_level_larger_than_a_tile(
+    backend: Backend, mode: str, reduction: str, generator: torch.Generator
+) -> None:
+    """Gradients are rescaled in pieces of 8192 logits: three an image here, the last of them short."""
+    size = Size(2, 2, 5, ((35, 50), (1, 1)))
+    levels = move(draw_levels(size, generator), backend.device)
+    labels = move(encode(draw_classes(size, generator), size.classes), backend.device)
+    inputs, given = prepared(levels, mode)
+    loss = fastfocal.focal_loss(given, labels, grad_mode=mode, reduction=reduction, num_classes=size.classes)
+    incoming = torch.tensor(3.0 if reduction == "sum" else [3.0, -0.5]).to(loss)
+    grads = torch.autograd.grad(loss, inputs, incoming)
+    factor = incoming.cpu().double().expand(size.images).numpy().reshape(-1, 1, 1, 1)
+    expected = expect(levels, labels, reduction=reduction, num_classes=size.classes)
+    for level, (g, want) in enumerate(zip(grads, expected.grads, strict=True)):
+        assert_close(g, factor * want, tolerance(g.dtype, 2.0), what=f"level {level}")
+
+
 # --- in place ---------------------------------------------------------------------------------------------------------
 
 

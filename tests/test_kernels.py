@@ -279,3 +279,30 @@ def test_the_same_tensor_as_two_levels(backend: Backend, generator: torch.Genera
     fastfocal.focal_loss(twin, labels, num_classes=5).backward()
     assert leaf.grad is not None
     assert_close(leaf.grad, (twin[0].grad + twin[1].grad).cpu().numpy(), 1e-15)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_whole_tiles_of_16_bit_logits(
+    backend: Backend, dtype: torch.dtype, layout: str, generator: torch.Generator
+) -> None:
+    """A tile is 8192 logits in every dtype: vectors of 8 cross it in half as many steps as vectors of 4."""
+    size = SIZES["two_images_of_8190"]
+    levels, labels = problem(backend, size, generator, layout=layout, dtype=dtype)
+    check(levels, labels, num_classes=size.classes, reduction="image")
+
+
+@pytest.mark.parametrize("reduction", ["sum", "image"])
+def test_more_images_than_a_block_has_threads(backend: Backend, reduction: str, generator: torch.Generator) -> None:
+    """A CUDA block of 256 threads adds 300 partial sums; 300 divisors are more than one block."""
+    size = Size(300, 1, 2, ((1, 1), (2, 1)))
+    levels, labels = problem(backend, size, generator)
+    check(levels, labels, num_classes=2, reduction=reduction, normalizer="positives_per_image")
+
+
+@pytest.mark.parametrize("what", ["classes", "cells"])
+def test_divisors_too_large_for_a_multiplication(backend: Backend, what: str, generator: torch.Generator) -> None:
+    """From 61,600 on, n / d is a division: 71534 * ceil(2^32 / 71535) >> 32 is 1, and the last class or cell is lost."""
+    size = Size(1, 1, 71535, ((1, 1),)) if what == "classes" else Size(1, 1, 2, ((251, 285),))
+    levels, labels = problem(backend, size, generator)
+    check(levels, labels, num_classes=size.classes)
