@@ -90,15 +90,14 @@ __device__ __forceinline__ float reciprocal(float x) {  // 1 ulp
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// ex2 is accurate to 2e-7, but its argument x log2(e), rounded, is not for large |x|: the rounding error is carried.
+// ex2 is accurate to 2e-7, but its argument x log2(e), rounded to t, is not for large |x|: what t is off by is carried.
 __device__ __forceinline__ float exp_of_sum(float hi, float lo) {
   hi = at_least(hi, -200.0f);
   const float t = hi * 1.44269504f;
-  float t_lo = fmaf(hi, 1.44269504f, -t);
-  t_lo = fmaf(hi, 1.92596299e-8f, t_lo);  // log2(e) less its float
+  const float rest = fmaf(t, -0.693147181f, hi) + lo;
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
-  return fmaf(y, fmaf(t_lo, 0.693147181f, lo), y);
+  return fmaf(y, rest, y);
 }
 __device__ __forceinline__ float exp_nonpositive(float x) { return exp_of_sum(x, 0.0f); }
 #else
@@ -140,7 +139,7 @@ FASTFOCAL_HD V exp_polynomial(V f) {
 // (log(1 + e) - e) / e^2, e in [0, 1]; log(1 + e) is then exact to 2.2e-7, and to 0 as e vanishes
 template <class V>
 FASTFOCAL_HD V log1p_polynomial(V e) {
-  constexpr float c[] = {-0.499981802756f, 0.332840627493f,  -0.245368605399f, 0.178471938007f,
+  constexpr float c[] = {-0.499981802756f, 0.332840627493f,  -0.245368605399f,  0.178471938007f,
                          -0.109022717576f, 0.0449865121096f, -0.00877892075108f};
   return horner(e, c);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,18 +11,27 @@ from cases import NATIVE, Backend
 
 import fastfocal
 
+registered = {"fastfocal"}  # namespaces whose operators have their shape functions
 
-registered: set[str] = set()  # namespaces whose operators have their shape functions
+
+@pytest.fixture
+def use_operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Points fastfocal at the operators of another namespace, for one test."""
+
+    def use(namespace: str) -> None:
+        if namespace not in registered:
+            fastfocal.ops.register_shapes(namespace)
+            registered.add(namespace)
+        monkeypatch.setattr(fastfocal.ops, "library", getattr(torch.ops, namespace))
+
+    return use
 
 
 @pytest.fixture(params=[*NATIVE, "cuda_on_host"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+def backend(request: pytest.FixtureRequest, use_operators: Callable[[str], None]) -> Backend:
     if request.param == "cuda_on_host":
         importlib.import_module("cuda_on_host.build").load()
-        monkeypatch.setattr(fastfocal.ops, "library", torch.ops.fastfocal_on_host)
-        if "fastfocal_on_host" not in registered:
-            fastfocal.ops.register_shapes("fastfocal_on_host")
-            registered.add("fastfocal_on_host")
+        use_operators("fastfocal_on_host")
         return Backend("cuda_on_host", torch.device("cpu"), slow=True)
     return Backend(request.param, torch.device(request.param))
 

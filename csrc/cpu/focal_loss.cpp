@@ -95,6 +95,4 @@ void Cpu::reduce(const Call& call, void* loss, int64_t size, bool add, const Ten
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastfocal, CPU, m) { Operators<Cpu>::implement(m); }
-
 }  // namespace fastfocal

@@ -287,7 +287,7 @@ Bytes shared_memory() {
         bool ours = false;
         Bytes bytes;
         for (int i = 0; i < library->dlpi_phnum; ++i) {
-          const ElfW(Phdr)& segment = library->dlpi_phdr[i];
+          const ElfW(Phdr) & segment = library->dlpi_phdr[i];
           const ElfW(Addr) begin = library->dlpi_addr + segment.p_vaddr;
           if (segment.p_type == PT_LOAD && here >= begin && here - begin < segment.p_memsz) ours = true;
           if (segment.p_type == PT_TLS) bytes = {library->dlpi_tls_data, segment.p_memsz};
@@ -454,10 +454,14 @@ cudaError_t cudaPeekAtLastError() { return cuda_on_host::last_error; }
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorNotSupported: return "operation not supported";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorNotSupported:
+      return "operation not supported";
   }
   return "unrecognized error code";
 }
@@ -519,8 +523,8 @@ extern "C" {
 }
 
 [[noreturn]] void __ubsan_handle_out_of_bounds_abort(IndexCheck* check, std::uintptr_t index) {
-  undefined(check->where, "index " + std::to_string(std::intptr_t(index)) + " outside of an array of type " +
-                              check->array->name);
+  undefined(check->where,
+            "index " + std::to_string(std::intptr_t(index)) + " outside of an array of type " + check->array->name);
 }
 
 [[noreturn]] void __ubsan_handle_add_overflow_abort(Where* where) { undefined(*where, "overflow in +"); }

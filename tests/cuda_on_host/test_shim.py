@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import shutil
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 from cuda_on_host import build
+from host_build import compiler
 
-pytestmark = pytest.mark.skipif(shutil.which(build.compiler()[0]) is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(shutil.which(compiler()[0]) is None, reason="no C++ compiler")
 
 KERNELS = r"""
 #include <cassert>
@@ -171,7 +173,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
     directory = tmp_path_factory.mktemp("shim")
     source = directory / "kernels.cu"
     source.write_text(KERNELS)
-    library = ctypes.CDLL(str(build.build_library("kernels", [source], directory)))
+    library = ctypes.CDLL(str(build.build_kernels("kernels", [source], directory)))
 
     def launch(name: str, blocks: int, threads: int, p: object = None, q: object = None) -> str:
         function = getattr(library, name)
@@ -220,7 +222,7 @@ def test_warp_operations(call: Call) -> None:
 
 def test_atomics_count(call: Call) -> None:
     class Counts(ctypes.Structure):
-        _fields_ = [("a", ctypes.c_int), ("b", ctypes.c_uint), ("c", ctypes.c_ulonglong)]
+        _fields_: ClassVar = [("a", ctypes.c_int), ("b", ctypes.c_uint), ("c", ctypes.c_ulonglong)]
 
     counts = Counts()
     assert call("count_threads", 3, 100, None, ctypes.byref(counts)) == ""

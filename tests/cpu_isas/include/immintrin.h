@@ -119,16 +119,14 @@ inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
 inline __m512 _mm512_rcp14_ps(__m512 a) {
   return fastfocal_stand_in::each<__m512>([&](int i) {
     const float exact = 1.0f / a.lane[i];
-    return std::isnan(exact) ? exact
-                             : fastfocal_stand_in::cast<float>(fastfocal_stand_in::cast<uint32_t>(exact) & ~0x1ffu);
+    return std::isnan(exact) ? exact : fastfocal_stand_in::cast<float>(fastfocal_stand_in::cast<uint32_t>(exact) & ~0x1ffu);
   });
 }
 
 enum FastfocalComparison { _CMP_UNORD_Q = 3, _CMP_LT_OQ = 17 };
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, FastfocalComparison how) {
-  return fastfocal_stand_in::mask([&](int i) {
-    return how == _CMP_LT_OQ ? a.lane[i] < b.lane[i] : std::isnan(a.lane[i]) || std::isnan(b.lane[i]);
-  });
+  return fastfocal_stand_in::mask(
+      [&](int i) { return how == _CMP_LT_OQ ? a.lane[i] < b.lane[i] : std::isnan(a.lane[i]) || std::isnan(b.lane[i]); });
 }
 // b where the mask is set
 inline __m512 _mm512_mask_blend_ps(__mmask16 k, __m512 a, __m512 b) {

@@ -1,0 +1,61 @@
+"""Options of the benchmarks, what is known about the machine, and which folder a bare `pytest` runs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import pytest
+import torch
+
+import fastfocal
+from benchmarks.memory import fix_allocator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastfocal benchmarks")
+    group.addoption("--all-cases", action="store_true", help="every case, and every implementation in each")
+    group.addoption("--device", default=None, help="where to measure; default: cuda if there is one, else cpu")
+    group.addoption("--largest", type=float, default=3e7, help="logits up to which time is measured; default 3e7")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # testpaths names both folders, so that this file is read: `pytest` runs the tests, `pytest --benchmark-only` these.
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        config.args[:] = ["benchmarks" if config.getoption("benchmark_only", False) else "tests"]
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    fix_allocator()
+    return torch.device(pytestconfig.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """Name of the processor, and its vector instruction sets."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            facts = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:
+        return platform.processor(), []
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    wanted = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16")
+    return facts.get("model name", platform.processor()), sorted(f for f in flags if f.startswith(wanted))
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    name, flags = _cpu()
+    on_cuda = torch.cuda.is_available()
+    machine_info["fastfocal"] = {
+        **fastfocal.build_info(),
+        "cpu_name": name,
+        "cpu_flags": flags,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if on_cuda else None,
+        "gpu_capability": list(torch.cuda.get_device_capability()) if on_cuda else None,
+        "python": platform.python_version(),
+    }

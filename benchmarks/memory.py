@@ -1,0 +1,127 @@
+"""Peak extra memory of a call: the most it holds at once beyond what was there before it.
+
+On CUDA: torch.cuda.max_memory_allocated, which counts what tensors take, to the byte.
+
+On the CPU: the resident set. Linux keeps its high-water mark (VmHWM) and resets it on request, so the mark after a call
+minus the resident set before it is what the call added, whoever allocated it: torch, a kernel's own workspace, or the
+compiler's generated code. torch.profiler's memory events see only what goes through torch's allocator. Memory freed
+earlier is handed back to the system first (malloc_trim), else a call could take it unseen. A first call has loaded code
+and started threads before. It repeats to about 0.1 MiB. Other systems have no such mark: nothing is reported there.
+
+    python -m benchmarks.memory
+
+measures every row of the main case, each in a process of its own: nothing an earlier row did can hide in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+
+MIB = 2**20
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt in malloc.h
+
+
+def fix_allocator() -> None:
+    """Whether a large block is fresh memory, for glibc to decide by what ran before, is settled for all rows alike.
+
+    Blocks from 8 MiB up are mapped when they are allocated and unmapped when they are released, as glibc does by itself
+    from 32 MiB up unless earlier blocks left a hole. Smaller ones come from a heap that stays warm.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, 8 * MIB)
+        libc.mallopt(_TRIM_THRESHOLD, 256 * MIB)
+    except (AttributeError, OSError):
+        pass  # no glibc
+
+
+def _resident() -> tuple[int, int]:
+    """Bytes: now, and at the highest."""
+    with open("/proc/self/status") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    return tuple(int(facts[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """None where it cannot be measured. What the call leaves behind counts; what was there before does not."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the high-water mark becomes the resident set
+    except (AttributeError, OSError):
+        return None
+    before = _resident()[0]
+    call()
+    return max(0, _resident()[1] - before)
+
+
+def available_bytes(device: torch.device) -> int:
+    """What can be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return 8 * 2**30
+
+
+def _measure(name: str, device: torch.device) -> int | None:
+    """One row of the main case, in this process."""
+    from benchmarks.cases import MAIN, Case, draw
+    from benchmarks.implementations import ROWS
+
+    fix_allocator()
+    case = Case("main", MAIN)
+    call = ROWS[name].make(case, [draw(case, device)])
+    for _ in range(2):
+        call.prepare(1)
+        call()
+        call.release()
+    call.prepare(1)
+    return peak_extra_bytes(call, device)
+
+
+def main() -> None:
+    from benchmarks.cases import MAIN, Case
+    from benchmarks.implementations import rows_of
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--row", help="one implementation, in this process; prints bytes")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if arguments.row:
+        print(json.dumps(_measure(arguments.row, device)))
+        return
+    case = Case("main", MAIN)
+    print(f"{case.name} on {device}: logits {case.pyramid.logits * 4 / MIB:.2f} MiB\n")
+    print("| implementation | peak extra MiB |\n|---|--:|")
+    for row in rows_of(case, every=True, cuda=device.type == "cuda"):
+        if row.missing():
+            continue
+        command = [sys.executable, "-m", "benchmarks.memory", "--device", str(device), "--row", row.name]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        measured = json.loads(output.splitlines()[-1])
+        print(f"| {row.name} | {'not measured' if measured is None else f'{measured / MIB:.2f}'} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

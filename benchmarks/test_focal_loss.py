@@ -1,0 +1,211 @@
+"""Time of forward and backward, by implementation, in groups by case. `pytest --benchmark-only` runs this."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterable
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks import cases
+from benchmarks.cases import Case, Inputs
+from benchmarks.implementations import ROWS, Copy, Row, rows_of
+from benchmarks.memory import available_bytes, peak_extra_bytes
+
+ROUND_LOGITS = 3e5  # a round of a smaller case is many calls, so that the clock's own cost does not show
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 60
+SLOW_LOGITS = 4e7  # up to here the slow implementations run too, unless --all-cases
+
+_cases: dict[str, Case] = {}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    every = config.getoption("all_cases")
+    wanted = config.getoption("device")
+    cuda = torch.cuda.is_available() if wanted is None else wanted.startswith("cuda")
+    if metafunc.function is test_focal_loss:
+        chosen = cases.DEFAULT + (cases.EXTRA if every else []) + (cases.GPU if cuda else [])
+    elif metafunc.function is test_number_of_logits:
+        chosen = cases.scaling(config.getoption("largest"))
+    else:
+        chosen = cases.level_counts()
+    pairs = []
+    for case in chosen:
+        if cuda and case.threads:
+            continue
+        for row in rows_of(case, every, cuda):
+            if row.slow and case.pyramid.logits > SLOW_LOGITS and not every:
+                continue
+            _cases[case.key] = case
+            marks = pytest.mark.benchmark(group=case.name, timer=Clock(cuda, calls_per_round(case, cuda)))
+            pairs.append(pytest.param(row.name, case.key, id=f"{row.name}-{case.key}", marks=marks))
+    metafunc.parametrize("row_name, case_key", pairs)
+
+
+class Clock:
+    """Seconds divided by the calls of a round: pytest-benchmark then shows the time of one. Waits for the GPU."""
+
+    __name__ = "perf_counter per call"
+
+    def __init__(self, cuda: bool, calls: int) -> None:
+        self.cuda, self.calls = cuda, calls
+
+    def __call__(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() / self.calls
+
+
+def number_of_sets(case: Case, cuda: bool) -> int:
+    """On a GPU, sets of inputs that together are three times its L2 cache."""
+    if not cuda:
+        return 1
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    return max(1, min(64, round(3 * cache / case.bytes_moved() + 0.5)))
+
+
+def calls_per_round(case: Case, cuda: bool) -> int:
+    calls = max(1, min(100, int(ROUND_LOGITS / case.pyramid.logits)))
+    sets = number_of_sets(case, cuda)
+    return -(-calls // sets) * sets
+
+
+@functools.lru_cache(maxsize=1)
+def _answer(key: Case, device: torch.device) -> cases.Answer:
+    return cases.answer(key, cases.draw(key, device))
+
+
+def answer(case: Case, device: torch.device) -> cases.Answer:
+    """Layout, grad mode and threads do not change it."""
+    key = Case("", case.pyramid, dtype=case.dtype, layout="flattened", gamma=case.gamma, targets=case.targets)
+    return _answer(key, device)
+
+
+@functools.lru_cache(maxsize=1)
+def inputs_of(case: Case, device: torch.device) -> list[Inputs]:
+    return [cases.draw(case, device, seed) for seed in range(number_of_sets(case, device.type == "cuda"))]
+
+
+def fits(row: Row, case: Case, device: torch.device) -> bool:
+    """Whether inputs, float64 answer and the call's own memory do."""
+    size = case.dtype.itemsize
+    needed = case.pyramid.logits * (2 * size + 16 + row.memory * (size / 4 if row.memory <= 4 else 1))
+    return needed < 0.8 * available_bytes(device)
+
+
+class Beside:
+    """Times a copy of the logits before every round: what the machine gives at that moment.
+
+    The copies are kept until the next one, as the row `copy` and gradients are.
+    """
+
+    def __init__(self, case: Case, sets: list[Inputs], clock: Clock) -> None:
+        self.copy, self.clock = Copy(case, sets), clock
+        self.seconds: list[float] = []
+
+    def __call__(self) -> None:
+        start = self.clock()
+        for _ in range(self.clock.calls):
+            self.copy()
+        self.seconds.append(self.clock() - start)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterable[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(_cases[request.node.callspec.params["case_key"]].threads or before)
+    yield
+    torch.set_num_threads(before)
+
+
+def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.device) -> None:
+    """Check, memory, time, in this order."""
+    for module in row.needs:
+        pytest.importorskip(module)
+    if not fits(row, case, device):
+        pytest.skip(f"{row.name} of {case.name} does not fit into memory")
+    sets = inputs_of(case, device)
+    call = row.make(case, sets)
+    calls = calls_per_round(case, device.type == "cuda")
+    clock = Clock(device.type == "cuda", calls)
+
+    def one_round() -> None:
+        for _ in range(calls):
+            call()
+
+    call.prepare(calls)
+    one_round()  # compiles what is to be compiled; every set has been used, the first one last
+    if row.checked:
+        loss, gradients = call.result()
+        cases.check(row.name, loss, gradients, case, sets[0], answer(case, device))
+        del loss, gradients
+    call.release()
+    beside = Beside(case, sets, clock)
+    beside()
+
+    seconds = 0.0
+
+    def one_call() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+
+    call.prepare(1)
+    peak = peak_extra_bytes(one_call, device)
+    if calls > 1:
+        call.prepare(calls)
+        start = clock()
+        one_round()
+        seconds = clock() - start
+    seconds = calls * (seconds + beside.seconds.pop())  # of a round, with the copies before it
+    call.release()
+
+    def setup() -> None:
+        for _ in range(3 if row.slow else 1):  # few rounds, so more copies for a median
+            beside()
+        call.prepare(calls)
+
+    budget = float(benchmark._max_time)  # --benchmark-max-time, seconds
+    rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / seconds)))
+    benchmark.pedantic(one_round, setup=setup, rounds=rounds)
+    call.release()
+    beside.copy.release()
+    benchmark.extra_info.update(
+        section=case.section,
+        row=row.name,
+        pyramid=case.pyramid.name,
+        dtype=str(case.dtype).removeprefix("torch."),
+        layout=case.layout,
+        gamma=case.gamma,
+        grad_mode=case.grad_mode,
+        targets=case.targets,
+        logits=case.pyramid.logits,
+        levels=len(case.pyramid.cells),
+        bytes_moved=case.bytes_moved(),
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        calls_per_round=calls,
+        copy_seconds=statistics.median(beside.seconds),
+        peak_extra_bytes=peak,
+    )
+
+
+@pytest.mark.usefixtures("threads")
+def test_focal_loss(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+
+
+@pytest.mark.usefixtures("threads")
+def test_number_of_logits(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+
+
+@pytest.mark.usefixtures("threads")
+def test_number_of_levels(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device)

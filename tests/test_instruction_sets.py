@@ -1,0 +1,153 @@
+"""The CPU kernel of every instruction set, on any processor: the essential test bodies of other files, run once for each.
+
+The rest of the suite runs on the best one alone. float64 is left out: its arithmetic is scalar, the same everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import test_formula
+import test_grad_modes
+import test_kernels
+import test_options
+import torch
+from cases import FOUR_D, THREE_D, TWO_D, Backend, run
+from cpu_isas import build
+from watch import Recorder
+
+EMULATED = build.capability() != "AVX512"
+INSTRUCTION_SETS = [
+    pytest.param("avx512", id="avx512_emulated" if EMULATED else "avx512"),
+    pytest.param("avx2", marks=pytest.mark.skipif(build.capability() == "default", reason="no AVX2 on this processor")),
+    "portable",
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def backend(request: pytest.FixtureRequest, use_operators: Callable[[str], None]) -> Backend:
+    build.load()
+    use_operators(f"fastfocal_{request.param}")
+    return Backend(request.param, torch.device("cpu"))
+
+
+# --- each its own -----------------------------------------------------------------------------------------------------
+
+
+def test_the_operators_are_those_of_the_instruction_set(backend: Backend, generator: torch.Generator) -> None:
+    levels, labels = test_kernels.problem(backend, test_kernels.ODD, generator)
+    for name in ("avx512", "avx2", "portable"):
+        with Recorder(f"fastfocal_{name}") as recorder:
+            run(levels, labels, num_classes=test_kernels.ODD.classes)
+        assert bool(recorder.calls) == (name == backend.name)
+
+
+def test_each_rounds_in_its_own_way(backend: Backend, use_operators: Callable[[str], None]) -> None:
+    """A reciprocal of 12 bits, one of 14 and a division leave their traces: one kernel under two names would not."""
+    levels, labels = test_formula.hard_problem(test_formula.grid(8191, torch.float32, backend.device), "planes")
+    (mine,) = run(levels, labels, num_classes=test_formula.CLASSES, normalizer=None)[1]
+    for other in {"avx512", "avx2", "portable"} - {backend.name}:
+        if other == "avx2" and build.capability() == "default":
+            continue
+        use_operators(f"fastfocal_{other}")
+        (theirs,) = run(levels, labels, num_classes=test_formula.CLASSES, normalizer=None)[1]
+        assert (mine != theirs).any()
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", test_formula.LAYOUTS)
+@pytest.mark.parametrize("gamma", test_formula.GAMMAS)
+def test_accuracy_of_labels(backend: Backend, gamma: float, layout: str) -> None:
+    test_formula.test_accuracy_of_labels(backend, torch.float32, gamma, layout)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_accuracy_of_labels_in_16_bits(backend: Backend, dtype: torch.dtype) -> None:
+    test_formula.test_accuracy_of_labels(backend, dtype, 2.0, "planes")
+
+
+@pytest.mark.parametrize("gamma", (0.5, 2.0, 5.0))
+def test_accuracy_of_soft_targets(backend: Backend, gamma: float) -> None:
+    test_formula.test_accuracy_of_soft_targets(backend, torch.float32, gamma)
+
+
+@pytest.mark.parametrize("gamma", (2.0, 3.3))
+def test_accuracy_with_label_smoothing(backend: Backend, gamma: float) -> None:
+    test_formula.test_accuracy_with_label_smoothing(backend, torch.float32, gamma)
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.125))
+@pytest.mark.parametrize("gamma", (0.0, 0.5, 2.0))
+@pytest.mark.parametrize("layout", test_formula.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_of_labels(backend: Backend, dtype: torch.dtype, layout: str, gamma: float, smoothing: float) -> None:
+    test_formula.test_limits_of_labels(backend, dtype, layout, gamma, smoothing)
+
+
+@pytest.mark.parametrize("gamma", (0.5, 2.0))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_limits_of_soft_targets(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+    test_formula.test_limits_of_soft_targets(backend, dtype, gamma)
+
+
+# --- where the vectors end --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", FOUR_D + THREE_D + TWO_D)
+def test_layouts(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    test_kernels.test_layouts(backend, layout, dtype, generator)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("elements", range(1, 34))  # up to two of the widest vectors
+def test_every_tail_length(backend: Backend, elements: int, layout: str, generator: torch.Generator) -> None:
+    test_kernels.test_every_tail_length(backend, elements, layout, generator)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("name", ("coco", "one_class_8193", "two_images_of_8190", "17_levels"))
+def test_sizes(backend: Backend, name: str, layout: str, generator: torch.Generator) -> None:
+    test_kernels.test_sizes(backend, name, layout, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last_offset", "3d_transposed", "2d"))
+def test_soft_targets(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    test_kernels.test_soft_targets(backend, layout, dtype, generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unreduced_loss(backend: Backend, dtype: torch.dtype, generator: torch.Generator) -> None:
+    test_kernels.test_unreduced_loss(backend, "contiguous", dtype, generator)
+
+
+# --- positives and ignored anchors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "3d"))
+def test_positives_share_an_anchors_neighbours(backend: Backend, layout: str) -> None:
+    test_kernels.test_positives_share_an_anchors_neighbours(backend, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", test_grad_modes.LAYOUTS)
+def test_inplace(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    test_grad_modes.test_inplace_leaves_the_gradient_in_the_logits(backend, layout, dtype, generator)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_ignored_anchors_leave_no_trace(backend: Backend, bad: float, layout: str, generator: torch.Generator) -> None:
+    test_options.test_ignored_anchors_leave_no_trace(backend, bad, layout, generator)
+
+
+def test_nan_stays_where_it_is(backend: Backend, generator: torch.Generator) -> None:
+    test_options.test_nan_stays_where_it_is(backend, generator)
