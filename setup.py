@@ -179,11 +179,14 @@ class NinjaBuild(build_ext):
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         out.parent.mkdir(parents=True, exist_ok=True)
+        # pip's isolated build has its packages in another folder each time. Named by version here, an unchanged command line
+        # lets ninja keep what is compiled.
+        torch_include = versioned_link(work, f"torch-{built_for}", torch / "include")
         includes = [
-            torch / "include",
-            torch / "include" / "torch" / "csrc" / "api" / "include",
+            torch_include,
+            torch_include / "torch" / "csrc" / "api" / "include",
             Path(sysconfig.get_path("include")),
-            Path(pybind11.get_include()),
+            versioned_link(work, f"pybind11-{pybind11.__version__}", Path(pybind11.get_include())),
         ]
         # -isystem: warnings are for our own code.
         common = [flag for path in includes for flag in ("-isystem", str(path))]
@@ -273,6 +276,13 @@ class NinjaBuild(build_ext):
 def jobs() -> int | None:
     """As many as the cores this process may use: inside a container ninja sees the host's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def versioned_link(folder: Path, name: str, target: Path) -> Path:
+    link = folder / name
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+    return link
 
 
 def shell(words: list[str]) -> str:

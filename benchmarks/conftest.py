@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fastfocal
-from benchmarks.memory import fix_allocator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,7 +27,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    fix_allocator()
     return torch.device(pytestconfig.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -1,7 +1,7 @@
 """What is compared: one class for a call, and the table of rows, by name.
 
-Every row takes raw logits of all levels and leaves gradients in their memory, except `copy` and `mul_`, which are the
-floor: a copy of the logits, and a pass over them in place.
+Every row takes raw logits of all levels and leaves gradients in their memory, except `copy`, `copy_into` and `mul_`, which
+are the floor: a copy of the logits to fresh or to warm memory, and a pass over them in place.
 """
 
 from __future__ import annotations
@@ -178,6 +178,22 @@ class Copy(Call):
             copies.clear()
 
 
+class CopyInto(Copy):
+    """The same into memory that is there: what the memory's bandwidth allows, without the system's work for new pages."""
+
+    def __init__(self, case: Case, sets: list[Inputs]) -> None:
+        super().__init__(case, sets)
+        self.copies = [[torch.empty_like(x) for x in inputs.levels] for inputs in sets]
+
+    def __call__(self) -> None:
+        turn = self.turn = (self.turn + 1) % len(self.sets)
+        for target, x in zip(self.copies[turn], self.sets[turn].levels, strict=True):
+            target.copy_(x)
+
+    def release(self) -> None:
+        """The memory is kept."""
+
+
 class Multiply(Copy):
     """The floor of grad_mode="inplace": `mul_` over every level."""
 
@@ -297,6 +313,7 @@ def _replayed(make: Callable[[Case, list[Inputs]], Any]) -> Callable[[Case, list
 _ROWS = [
     Row("fastfocal", _fast, memory=4),
     Row("copy", Copy, memory=4, checked=False),
+    Row("copy_into", CopyInto, memory=4, checked=False),
     Row("mul_", Multiply, memory=0, checked=False),
     Row("operators", Operators, memory=4, checked=False),
     Row("reference", _plain(package_reference), memory=110, slow=True),
@@ -333,6 +350,8 @@ def rows_of(case: Case, every: bool, cuda: bool) -> Iterable[Row]:
         if row.only_labels and (case.targets != "labels" or case.dtype in LOSS_SCALE):
             continue
         if row.name == "mul_" and case.grad_mode != "inplace":
+            continue
+        if row.name == "copy_into" and case.section in ("scaling", "levels"):
             continue
         if row.name == "operators" and case.section != "small":
             continue

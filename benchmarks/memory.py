@@ -29,16 +29,20 @@ MIB = 2**20
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt in malloc.h
 
 
-def fix_allocator() -> None:
-    """Whether a large block is fresh memory, for glibc to decide by what ran before, is settled for all rows alike.
+def fix_allocator(largest: int) -> None:
+    """Settles for all rows alike whether their blocks are fresh memory; glibc would decide by what ran before.
 
-    Blocks from 8 MiB up are mapped when they are allocated and unmapped when they are released, as glibc does by itself
-    from 32 MiB up unless earlier blocks left a hole. Smaller ones come from a heap that stays warm.
+    Args:
+        largest: bytes of all levels. From 32 MiB up, blocks of more than 1 MiB are mapped when they are allocated and
+            unmapped when they are released, as glibc does by itself with blocks of more than 32 MiB unless something has
+            left a hole that they fit in. Below, everything comes from a heap that stays warm, as with glibc after a while.
     """
+    threshold, kept = (1, 16) if largest >= 32 * MIB else (32, 256)
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, 8 * MIB)
-        libc.mallopt(_TRIM_THRESHOLD, 256 * MIB)
+        libc.mallopt(_MMAP_THRESHOLD, threshold * MIB)
+        libc.mallopt(_TRIM_THRESHOLD, kept * MIB)
+        libc.malloc_trim(0)
     except (AttributeError, OSError):
         pass  # no glibc
 
@@ -88,8 +92,8 @@ def _measure(name: str, device: torch.device) -> int | None:
     from benchmarks.cases import MAIN, Case, draw
     from benchmarks.implementations import ROWS
 
-    fix_allocator()
     case = Case("main", MAIN)
+    fix_allocator(case.logit_bytes)
     call = ROWS[name].make(case, [draw(case, device)])
     for _ in range(2):
         call.prepare(1)

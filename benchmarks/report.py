@@ -16,6 +16,7 @@ from typing import Any
 EAGER = "eager_per_level"
 LABELS = {
     "copy": "copy",
+    "copy_into": "copy into warm memory",
     "mul_": "mul_ in place",
     "operators": "fastfocal's operators alone",
     "reference": "fastfocal.reference (eager)",
@@ -169,7 +170,7 @@ def markdown(report: Report, pictures: list[str]) -> Iterator[str]:
     yield "\nMedians; `~` marks an interquartile range above a fifth of the median. See ../README.md for the method.\n"
     for picture in pictures:
         yield f"![{picture.removesuffix('.png')}]({picture})\n"
-    for group, results in report.groups("main", "small", "large", "scaling", "levels").items():
+    for group, results in report.groups("main", "large", "small", "scaling", "levels").items():
         yield f"## {group}\n"
         yield from table(report, results)
         yield ""

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks import cases
 from benchmarks.cases import Case, Inputs
 from benchmarks.implementations import ROWS, Copy, Row, rows_of
-from benchmarks.memory import available_bytes, peak_extra_bytes
+from benchmarks.memory import available_bytes, fix_allocator, peak_extra_bytes
 
 ROUND_LOGITS = 3e5  # a round of a smaller case is many calls, so that the clock's own cost does not show
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 60
@@ -32,8 +32,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = cases.DEFAULT + (cases.EXTRA if every else []) + (cases.GPU if cuda else [])
     elif metafunc.function is test_number_of_logits:
         chosen = cases.scaling(config.getoption("largest"))
-    else:
+    elif metafunc.function is test_number_of_levels:
         chosen = cases.level_counts()
+    else:
+        chosen = cases.SMALL_WORK
     pairs = []
     for case in chosen:
         if cuda and case.threads:
@@ -129,6 +131,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
         pytest.importorskip(module)
     if not fits(row, case, device):
         pytest.skip(f"{row.name} of {case.name} does not fit into memory")
+    fix_allocator(case.logit_bytes)
     sets = inputs_of(case, device)
     call = row.make(case, sets)
     calls = calls_per_round(case, device.type == "cuda")
@@ -208,4 +211,9 @@ def test_number_of_logits(benchmark: BenchmarkFixture, row_name: str, case_key: 
 
 @pytest.mark.usefixtures("threads")
 def test_number_of_levels(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+
+
+@pytest.mark.usefixtures("threads")
+def test_small_work(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
     measure(benchmark, _cases[case_key], ROWS[row_name], device)

@@ -6,6 +6,7 @@ rival a pass over the gradients. Contiguous (N, A*K, H, W) and K-contiguous logi
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -84,6 +85,10 @@ else:
         _tuned[grid](*args, **options)
 
 
+def _grid(size: int, meta: dict[str, Any]) -> tuple[int]:
+    return (triton.cdiv(size, meta["BLOCK"]),)
+
+
 class _FocalLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, labels: Tensor, classes: int, alpha: float, gamma: float, *levels: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ class _FocalLoss(torch.autograd.Function):
             anchors = x.shape[1] // classes if x.ndim == 4 else x.shape[1]
             partial = x.new_zeros(triton.cdiv(x.numel(), _SMALLEST_BLOCK), dtype=torch.float32)
             _launch(
-                lambda meta, size=x.numel(): (triton.cdiv(size, meta["BLOCK"]),),  # noqa: B008
+                functools.partial(_grid, x.numel()),
                 *(x, labels, gradient, partial, divisor),
                 *(x.numel(), x.numel() // x.shape[0], labels.shape[1], first_anchor, cells, anchors, classes),
                 *(alpha, gamma),

@@ -13,7 +13,7 @@ import test_grad_modes
 import test_kernels
 import test_options
 import torch
-from cases import FOUR_D, THREE_D, TWO_D, Backend, run
+from cases import FOUR_D, SIXTEEN_BIT, THREE_D, TWO_D, Backend, run
 from cpu_isas import build
 from watch import Recorder
 
@@ -70,6 +70,18 @@ def test_accuracy_of_labels_in_16_bits(backend: Backend, dtype: torch.dtype) -> 
     test_formula.test_accuracy_of_labels(backend, dtype, 2.0, "planes")
 
 
+@pytest.mark.parametrize("steps", (1, 3))
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_ties_round_to_even(backend: Backend, dtype: torch.dtype, steps: int) -> None:
+    """A logit of 0 has the gradient 1/2, exactly, times a weight that lies between two numbers of the format."""
+    weight = 1 + steps * 2.0 ** -(SIXTEEN_BIT[dtype][0] + 1)
+    x = torch.zeros(1, 1, 1, 37, dtype=dtype)  # vectors of every width, and a tail
+    labels = torch.ones(1, 37, dtype=torch.int64)
+    options = {"num_classes": 1, "alpha": None, "gamma": 0.0, "normalizer": None, "loss_weight": weight}
+    (gradient,) = run([x], [labels], **options)[1]
+    assert torch.equal(gradient, torch.full_like(gradient, 0.5 * weight))
+
+
 @pytest.mark.parametrize("gamma", (0.5, 2.0, 5.0))
 def test_accuracy_of_soft_targets(backend: Backend, gamma: float) -> None:
     test_formula.test_accuracy_of_soft_targets(backend, torch.float32, gamma)
@@ -95,6 +107,14 @@ def test_limits_of_labels(backend: Backend, dtype: torch.dtype, layout: str, gam
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_limits_of_soft_targets(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
     test_formula.test_limits_of_soft_targets(backend, dtype, gamma)
+
+
+@pytest.mark.parametrize("alpha", (0.0, 1.0))
+@pytest.mark.parametrize("layout", test_formula.LAYOUTS)
+def test_a_zero_weight_beats_infinity_but_not_nan(backend: Backend, layout: str, alpha: float) -> None:
+    values = test_formula.limit_values(torch.float32, backend.device)
+    levels, labels = test_formula.hard_problem(values, layout)
+    test_formula.losses_and_gradients(levels, labels, alpha=alpha)
 
 
 # --- where the vectors end --------------------------------------------------------------------------------------------

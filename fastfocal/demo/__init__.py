@@ -124,7 +124,7 @@ def against_first(values: Sequence[float | None], text: Callable[[float], str]) 
     cells = ["not measured" if value is None else text(value) for value in values]
     for i, value in enumerate(values[1:], start=1):
         if first and value:
-            cells[i] += f" ({first / value:.3g}x less)"
+            cells[i] += f" ({first / value:,.{0 if first >= 10 * value else 1}f}x less)"
     return cells
 
 

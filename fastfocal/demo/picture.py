@@ -16,7 +16,7 @@ from .measure import CLASSES, IMAGES, Cost
 from .scenes import SIZE, Scene
 from .train import Detection, Score, Trained, found
 
-PLAIN, FAST, IN_PLACE = "#9aa5b1", "#0b7285", "#22b8cf"
+PLAIN, FAST, IN_PLACE = "#7b8794", "#0b7285", "#22b8cf"
 FOUND, WRONG = "#40e0d0", "#ff922b"  # on photographs, so brighter
 QUIET = "#495057"
 NAME_WIDTH, NAME_HEIGHT = 5, 7  # of a class name, in pixels of a scene
@@ -96,7 +96,7 @@ def _curves(axes: Axes, plain: Trained, fast: Trained) -> None:
         plain.curve,
         color=PLAIN,
         linewidth=6,
-        alpha=0.75,
+        alpha=0.55,
         label="plain loss, level by level",
         solid_capstyle="round",
     )
