@@ -243,6 +243,7 @@ class Replay:
         self.call, self.sets, self.turn = call, call.sets, 0
         self.graphs = [torch.cuda.CUDAGraph() for _ in call.sets]
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3 * len(call.sets)):
                 call()
@@ -301,7 +302,13 @@ def _compiled(loss: LossFunction, mode: str | None = None) -> Callable[[Case, li
         compiled = torch.compile(
             lambda levels, inputs: loss(case, levels, inputs), fullgraph=True, dynamic=False, mode=mode
         )
-        return Call(case, sets, lambda _, levels, inputs: compiled(levels, inputs))
+
+        def run(_: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
+            if mode is not None:  # its CUDA graphs may reuse what the last call returned
+                torch.compiler.cudagraph_mark_step_begin()
+            return compiled(levels, inputs)
+
+        return Call(case, sets, run)
 
     return make
 

@@ -249,7 +249,9 @@ struct FocalLoss {
       power = w * w;
     } else {
       const V log_w = log_positive(at_least(w, smallest_normal<V>()));
-      const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(V(gamma) * log_w, zero));
+      const V hi = V(gamma) * log_w;
+      const V lo = product_error(V(gamma), log_w, hi);
+      const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, lo));
       power = select(V(gamma) < smallest_normal<V>(), one, any);
     }
     const V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w

@@ -244,8 +244,22 @@ def test_default_device() -> None:
 
 
 @pytest.mark.parametrize("module", EXTRAS)
-def test_missing_extra(module: str) -> None:
-    code = f"import sys; sys.path = {sys.path!r}; sys.modules[{module!r}] = None; import fastfocal.__main__ as m; m.main([])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def test_missing_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert str(stopped.value) == f'python -m fastfocal needs {EXTRAS[module]}: pip install "fastfocal[demo]"'
+
+
+def test_no_extra_at_all() -> None:
+    """In a process that never had them: nothing imports them on the way, and --help needs none."""
+    code = f"import sys; sys.path = {sys.path!r}; sys.modules.update(dict.fromkeys({list(EXTRAS)}))"
+    code += "; from fastfocal.__main__ import main; main({})"
+    done = subprocess.run([sys.executable, "-c", code.format("[]")], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f'python -m fastfocal needs {EXTRAS[module]}: pip install "fastfocal[demo]"\n'
+    names = ", ".join(EXTRAS.values())
+    assert done.stderr.splitlines() == [f'python -m fastfocal needs {names}: pip install "fastfocal[demo]"']
+    done = subprocess.run([sys.executable, "-c", code.format("['--help']")], capture_output=True, text=True)
+    assert done.returncode == 0
+    for option in ("--steps", "--device", "--out", "--seed"):
+        assert option in done.stdout
