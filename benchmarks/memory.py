@@ -6,7 +6,8 @@ On the CPU: the resident set. Linux keeps its high-water mark (VmHWM) and resets
 minus the resident set before it is what the call added, whoever allocated it: torch, a kernel's own workspace, or the
 compiler's generated code. torch.profiler's memory events see only what goes through torch's allocator. Memory freed
 earlier is handed back to the system first (malloc_trim), else a call could take it unseen. A first call has loaded code
-and started threads before. It repeats to about 0.1 MiB. Other systems have no such mark: nothing is reported there.
+and started threads before. It repeats to about 0.1 MiB where blocks are large. Other systems have no
+such mark: nothing is reported there.
 
     python -m benchmarks.memory
 

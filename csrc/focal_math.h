@@ -248,7 +248,7 @@ struct FocalLoss {
     if constexpr (kGamma == Gamma::kTwo) {
       power = w * w;
     } else {
-      const V log_w = log_positive(at_least(w, smallest_normal<V>()));
+      const V log_w = at_least(log_positive(at_least(w, smallest_normal<V>())), V(log_q_least));
       const V hi = V(gamma) * log_w;
       const V lo = product_error(V(gamma), log_w, hi);
       const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, lo));
