@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "with the plain per-level focal loss and with FastFocalLoss; compares gradients, training curves, time, memory and "
         "recall; saves one picture. Under two minutes on two CPU cores.",
     )
-    parser.add_argument("--steps", type=int, default=300, help="training steps, 8 scenes each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps, 8 scenes each (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, default=Path("fastfocal_demo.png"), help="picture (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and their order (default: %(default)s)")
