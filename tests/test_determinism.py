@@ -98,5 +98,6 @@ def test_many_equal_terms_sum_exactly(backend: Backend) -> None:
     labels = torch.ones(1, cells, dtype=torch.int64, device=backend.device)
     whole, _ = run([x], labels, num_classes=1, normalizer=None)
     one, _ = run([x[..., :1].clone()], labels[:, :1], num_classes=1, normalizer=None)
-    # Up to 16 terms are added in float32 before they go to double: 15 roundings of 6e-8. A running float32 sum is off by 7.5e-3.
+    # Up to 16 terms are added in float32 before they go to double: 15 roundings of 6e-8.
+    # A running float32 sum is off by 7.5e-3.
     assert whole.item() / cells == pytest.approx(one.item(), rel=1e-6)
