@@ -31,7 +31,8 @@
 //   at_least(x, c), at_most(x, c)   clamps that let NaN through,
 //   exp_nonpositive(x)              exp(x) for x <= 0, 0 for -inf,
 //   exp_of_sum(hi, lo)              exp(hi + lo) for hi <= 0 and |lo| tiny,
-//   log1p_unit(e)                   log(1 + e) for e in [0, 1],      log_positive(w)   log(w) for w > 0,
+//   log1p_unit(e)                   log(1 + e) for e in [0, 1],      add_log1p_unit(e, x)   x + that,
+//   log_positive(w)                 log(w) for w > 0,
 //   product_error(a, b, ab)         a b - ab exactly, where ab is a b rounded.
 #pragma once
 
@@ -55,6 +56,7 @@ FASTFOCAL_HD double at_most(double x, double c) { return x > c ? c : x; }
 FASTFOCAL_HD double exp_nonpositive(double x) { return exp(x); }
 FASTFOCAL_HD double exp_of_sum(double hi, double lo) { return exp(hi + lo); }
 FASTFOCAL_HD double log1p_unit(double e) { return log1p(e); }
+FASTFOCAL_HD double add_log1p_unit(double e, double x) { return x + log1p(e); }
 FASTFOCAL_HD double log_positive(double w) { return log(w); }
 FASTFOCAL_HD double product_error(double a, double b, double ab) { return fma(a, b, -ab); }
 
@@ -136,11 +138,11 @@ FASTFOCAL_HD V exp_polynomial(V f) {
   return horner(f, c);
 }
 
-// (log(1 + e) - e) / e^2, e in [0, 1]; log(1 + e) is then exact to 2.2e-7, and to 0 as e vanishes
+// log(1 + e) / e, e in [0, 1]: 2.2e-7, and exactly 1 for 0
 template <class V>
-FASTFOCAL_HD V log1p_polynomial(V e) {
-  constexpr float c[] = {-0.499981802756f, 0.332840627493f,  -0.245368605399f,  0.178471938007f,
-                         -0.109022717576f, 0.0449865121096f, -0.00877892075108f};
+FASTFOCAL_HD V log1p_ratio_polynomial(V e) {
+  constexpr float c[] = {1.0f,           -0.499981802756f, 0.332840627493f,  -0.245368605399f,
+                         0.178471938007f, -0.109022717576f, 0.0449865121096f, -0.00877892075108f};
   return horner(e, c);
 }
 
@@ -166,12 +168,8 @@ FASTFOCAL_HD V exp_by_polynomial(V hi) {
   split_ln2(hi, &n, &power);
   return exp_polynomial(less_multiple_of_ln2(hi, n)) * power;
 }
-template <class V>
-FASTFOCAL_HD V log1p_unit_by_polynomial(V e) {
-  return fused_multiply_add(e * e, log1p_polynomial(e), e);
-}
-
-FASTFOCAL_HD float log1p_unit(float e) { return log1p_unit_by_polynomial(e); }
+FASTFOCAL_HD float log1p_unit(float e) { return e * log1p_ratio_polynomial(e); }
+FASTFOCAL_HD float add_log1p_unit(float e, float x) { return fmaf(e, log1p_ratio_polynomial(e), x); }
 #ifndef __CUDA_ARCH__
 FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_by_polynomial(hi, lo); }
 FASTFOCAL_HD float exp_nonpositive(float x) { return exp_by_polynomial(x); }
@@ -276,13 +274,13 @@ struct FocalLoss {
     const auto right = is_negative(z);  // the logit is on the side of its target
     const V q = select(right, er, r);
     const V p = select(right, r, er);
-    const V l = log1p_unit(e);
 
     V power;
     if constexpr (kGamma == Gamma::kTwo) {
       power = q * q;
     } else {
       // gamma ln q with the rounding errors of both steps carried: exp() would magnify them by up to 87.
+      const V l = log1p_unit(e);
       const V below = at_least(at_most(z, zero), V(log_q_least));
       const V log_q = below - l;
       const V log_q_error = (below - log_q) - l;
@@ -293,11 +291,11 @@ struct FocalLoss {
 
     if constexpr (kSmoothing) {
       const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
-      const V ce = l - minus_absolute(z) * u;
+      const V ce = add_log1p_unit(e, zero - minus_absolute(z) * u);
       const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q - V(half_smoothing));
       return {power * at_most_where_zero(ce, power), slope};
     } else {
-      const V ce = at_least(z, zero) + l;
+      const V ce = add_log1p_unit(e, at_least(z, zero));
       const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q);
       return {power * ce, slope};
     }

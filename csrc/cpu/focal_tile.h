@@ -18,7 +18,8 @@ using fastfocal::select;
 
 inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_by_polynomial(hi, lo); }
 inline Vec exp_nonpositive(Vec x) { return exp_by_polynomial(x); }
-inline Vec log1p_unit(Vec e) { return log1p_unit_by_polynomial(e); }
+inline Vec log1p_unit(Vec e) { return e * log1p_ratio_polynomial(e); }
+inline Vec add_log1p_unit(Vec e, Vec x) { return fused_multiply_add(e, log1p_ratio_polynomial(e), x); }
 inline Vec log_positive(Vec w) {
   Vec n, m;
   split_exponent(w, &n, &m);
@@ -31,6 +32,8 @@ inline Vec log_positive(Vec w) {
 
 constexpr int kPerFloatSum = 16;  // vectors added in float before they go to double: 16 roundings of 6e-8 at the most
 constexpr int kPrefetch = 2048;   // bytes ahead, as the hardware's own prefetcher stops at 4 KiB pages
+template <class T>
+constexpr int kPerLine = 64 / (kLanes * int(sizeof(T)));  // vectors in a cache line: one prefetch for them
 
 template <class T, class Formula, Output kOutput>
 struct PlainTile {
@@ -72,7 +75,7 @@ struct PlainTile {
   // Logits [begin, end) as negatives. With codes, those of class k or ignored are left out and get gradient 0.
   template <bool kCodes>
   void run(int64_t begin, int64_t end, const int16_t* codes, int k) {
-    const int ahead = kPrefetch / int(sizeof(T));
+    constexpr int kAhead = kPrefetch / int(sizeof(T));
     const T* const x = this->x;  // copies that no store can change
     T* const g = this->g;
     const Formula formula = this->formula;
@@ -81,9 +84,7 @@ struct PlainTile {
     while (i + kLanes <= end) {
       const int64_t stop = end - i < kPerFloatSum * kLanes ? end - kLanes : i + (kPerFloatSum - 1) * kLanes;
       Vec sum(0.0f);
-      for (; i <= stop; i += kLanes) {
-        __builtin_prefetch(x + i + ahead);
-        if (kGradient) __builtin_prefetch(g + i + ahead, 1);
+      const auto step = [&] {
         Term<Vec> t = formula.negative(load(x + i));
         if (kCodes) {
           const Mask special = equal_either(codes + (i - begin), int16_t(k), int16_t(kIgnored));
@@ -98,7 +99,14 @@ struct PlainTile {
         }
         if (kLoss) sum = sum + t.loss;
         if (kGradient) store(g + i, t.slope * weight);
+        i += kLanes;
+      };
+      while (i + (kPerLine<T> - 1) * kLanes <= stop) {
+        __builtin_prefetch(x + i + kAhead);
+        if (kGradient) __builtin_prefetch(g + i + kAhead, 1);
+        for (int n = 0; n < kPerLine<T>; ++n) step();
       }
+      while (i <= stop) step();
       if (kLoss) negatives.add(sum);
       release();
     }
