@@ -141,8 +141,14 @@ FASTFOCAL_HD V exp_polynomial(V f) {
 // log(1 + e) / e, e in [0, 1]: 2.2e-7, and exactly 1 for 0
 template <class V>
 FASTFOCAL_HD V log1p_ratio_polynomial(V e) {
-  constexpr float c[] = {1.0f,           -0.499981802756f, 0.332840627493f,  -0.245368605399f,
-                         0.178471938007f, -0.109022717576f, 0.0449865121096f, -0.00877892075108f};
+  constexpr float c[] = {1.0f,
+                         -0.499981802756f,
+                         0.332840627493f,
+                         -0.245368605399f,
+                         0.178471938007f,
+                         -0.109022717576f,
+                         0.0449865121096f,
+                         -0.00877892075108f};
   return horner(e, c);
 }
 
