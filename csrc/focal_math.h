@@ -31,6 +31,7 @@
 //   at_least(x, c), at_most(x, c)   clamps that let NaN through,
 //   exp_nonpositive(x)              exp(x) for x <= 0, 0 for -inf,
 //   exp_of_sum(hi, lo)              exp(hi + lo) for hi <= 0 and |lo| tiny,
+//   exp_of_multiple(c, a, b)        exp(gamma (a - b)) for c = Multiple(gamma), kExpLeast <= a <= 0 <= b <= log(2),
 //   log1p_unit(e)                   log(1 + e) for e in [0, 1],      add_log1p_unit(e, x)   x + that,
 //   log_positive(w)                 log(w) for w > 0,
 //   product_error(a, b, ab)         a b - ab exactly, where ab is a b rounded.
@@ -42,6 +43,8 @@
 #include "half.h"
 
 namespace fastfocal {
+
+constexpr double kExpLeast = -88.0297;  // 127 ln 2: exp() of this or less is 0 in float
 
 // ---------------------------------------------------------------------------------------------------------------------
 // float and double
@@ -106,13 +109,15 @@ __device__ __forceinline__ float exp_nonpositive(float x) { return exp_of_sum(x,
 FASTFOCAL_HD float at_least(float x, float c) { return x < c ? c : x; }
 FASTFOCAL_HD float at_most(float x, float c) { return x > c ? c : x; }
 FASTFOCAL_HD float reciprocal(float x) { return 1.0f / x; }
+FASTFOCAL_HD float zero_below(float x, float least, float y) { return x < least ? 0.0f : y; }
+FASTFOCAL_HD float shifted_up(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) << 23); }
 // Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low bits: an exponent, once shifted up.
 FASTFOCAL_HD void split_ln2(float& x, float* n, float* power) {
   constexpr float kMagic = 12582912.0f + 127.0f;
-  x = at_least(x, -88.0297f);
+  x = at_least(x, float(kExpLeast));
   const float shifted = fmaf(x, 1.44269504f, kMagic);
   *n = shifted - kMagic;
-  *power = bit_cast<float>(bit_cast<uint32_t>(shifted) << 23);
+  *power = shifted_up(shifted);
 }
 FASTFOCAL_HD float less_multiple_of_ln2(float x, float n) { return fmaf(n, -0.693147181f, x); }
 #endif
@@ -181,6 +186,54 @@ FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_by_polynomial(hi,
 FASTFOCAL_HD float exp_nonpositive(float x) { return exp_by_polynomial(x); }
 #endif
 
+// exp(gamma (a - b)). gamma times a rounded difference would be off by 2^-24 of up to 87, and the exponential by as much:
+// so the multiple of ln 2 nearest to it is taken from a, and b from the small rest, before gamma multiplies that.
+template <class S>
+struct Multiple {
+  S gamma;
+  S binary;           // gamma log2(e)
+  S step, step_rest;  // ln(2) / gamma to twice the precision; 0 for a gamma so small that nothing is ever taken
+
+  Multiple() = default;
+  FASTFOCAL_HD explicit Multiple(S gamma_) {
+    gamma = gamma_ > S(1e30) ? S(1e30) : gamma_;  // any more, and products overflow; the powers are 0 or 1 long before
+    binary = gamma * S(1.4426950408889634);
+    constexpr float kLn2 = 0.693147181f;  // 1.9e-9 above ln 2
+    step = gamma > S(1e-30) ? kLn2 / gamma : S(0);
+    step_rest = gamma > S(1e-30) ? (fused_multiply_add(-step, gamma, S(kLn2)) - S(1.90465421e-9)) / gamma : S(0);
+  }
+};
+
+template <class V, class S>
+FASTFOCAL_HD V multiple_by_polynomial(const Multiple<S>& c, V a, V b) {
+  constexpr float kMagic = 12582912.0f + 127.0f;  // as in split_ln2()
+  const V shifted = fused_multiply_add(a - b, V(c.binary), V(kMagic));
+  const V n = shifted - V(kMagic);
+  const V rest = fused_multiply_add(n, V(-c.step_rest), fused_multiply_add(n, V(-c.step), a)) - b;
+  return zero_below(shifted, V(12582912.0f), exp_polynomial(rest * V(c.gamma)) * shifted_up(shifted));
+}
+// The same in two roundings more, for a type without exact fused_multiply_add, and for double.
+template <class V, class S>
+FASTFOCAL_HD V multiple_by_sum(const Multiple<S>& c, V a, V b) {
+  const V x = a - b;
+  const V x_error = (a - x) - b;
+  const V hi = V(c.gamma) * x;
+  return exp_of_sum(hi, fused_multiply_add(V(c.gamma), x_error, product_error(V(c.gamma), x, hi)));
+}
+
+FASTFOCAL_HD double exp_of_multiple(const Multiple<double>& c, double a, double b) { return multiple_by_sum(c, a, b); }
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ float exp_of_multiple(const Multiple<float>& c, float a, float b) {
+  const float t = (a - b) * c.binary;
+  const float rest = fmaf(t, -c.step_rest, fmaf(t, -c.step, a)) - b;  // what t log(2) / gamma is off by
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(t));
+  return fmaf(y, rest * c.gamma, y);
+}
+#else
+FASTFOCAL_HD float exp_of_multiple(const Multiple<float>& c, float a, float b) { return multiple_by_polynomial(c, a, b); }
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The formula
 
@@ -199,6 +252,16 @@ FASTFOCAL_HD double smallest_normal<double>() {
   return DBL_MIN;
 }
 
+// exp() of this or less is 0 and so is log(1 + that): where a logit is clamped to it, its loss stays the same.
+template <class V>
+FASTFOCAL_HD V exp_least() {
+  return V(float(kExpLeast));
+}
+template <>
+FASTFOCAL_HD double exp_least<double>() {
+  return -1000;
+}
+
 // A cross entropy is clamped to this where something that vanishes multiplies it: 0 * inf would be NaN.
 constexpr double kLarge = 1e30;
 
@@ -215,14 +278,12 @@ enum class Gamma { kTwo, kAny };
 template <class S, Gamma kGamma, bool kSmoothing>
 struct FocalLoss {
   S gamma;
-  S half_smoothing;  // h; read only with kSmoothing
-  S log_q_least;     // below this ln q, q^gamma is 0: clamped there, infinite logits need no case of their own
+  Multiple<S> multiple;  // read only with kAny
+  S half_smoothing;      // h; read only with kSmoothing
 
   FocalLoss() = default;
-  FASTFOCAL_HD FocalLoss(S gamma_, S label_smoothing) : gamma(gamma_), half_smoothing(label_smoothing / 2) {
-    const S exponent = sizeof(S) == sizeof(double) ? S(-1000) : S(-200);
-    log_q_least = gamma * S(1e30) > -exponent ? exponent / gamma : S(-1e30);
-  }
+  FASTFOCAL_HD FocalLoss(S gamma_, S label_smoothing)
+      : gamma(gamma_), multiple(gamma_), half_smoothing(label_smoothing / 2) {}
 
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x) const {
@@ -252,9 +313,9 @@ struct FocalLoss {
     if constexpr (kGamma == Gamma::kTwo) {
       power = w * w;
     } else {
-      const V log_w = at_least(log_positive(at_least(w, smallest_normal<V>())), V(log_q_least));
-      const V hi = V(gamma) * log_w;
-      const V lo = product_error(V(gamma), log_w, hi);
+      const V log_w = log_positive(at_least(w, smallest_normal<V>()));
+      const V hi = V(multiple.gamma) * log_w;
+      const V lo = product_error(V(multiple.gamma), log_w, hi);
       const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, lo));
       power = select(V(gamma) < smallest_normal<V>(), one, any);
     }
@@ -285,14 +346,10 @@ struct FocalLoss {
     if constexpr (kGamma == Gamma::kTwo) {
       power = q * q;
     } else {
-      // gamma ln q with the rounding errors of both steps carried: exp() would magnify them by up to 87.
-      const V l = log1p_unit(e);
-      const V below = at_least(at_most(z, zero), V(log_q_least));
-      const V log_q = below - l;
-      const V log_q_error = (below - log_q) - l;
-      const V hi = V(gamma) * log_q;
-      const V lo = fused_multiply_add(V(gamma), log_q_error, product_error(V(gamma), log_q, hi));
-      power = exp_of_sum(hi, lo);
+      // Smoothing leaves a far logit a loss of q^gamma times |z|.
+      const S least = exp_least<S>() / (kSmoothing ? at_least(at_most(gamma, S(1)), S(1e-28)) : S(1));
+      const V below = select(right, at_least(minus_absolute(z), V(least)), zero);
+      power = exp_of_multiple(multiple, below, log1p_unit(e));
     }
 
     if constexpr (kSmoothing) {

@@ -8,8 +8,6 @@
 #include "focal_loss.h"
 #include "vec.h"
 
-#include "../focal_math.h"
-
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
 
@@ -20,6 +18,13 @@ inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_by_polynomial(hi, lo); }
 inline Vec exp_nonpositive(Vec x) { return exp_by_polynomial(x); }
 inline Vec log1p_unit(Vec e) { return e * log1p_ratio_polynomial(e); }
 inline Vec add_log1p_unit(Vec e, Vec x) { return fused_multiply_add(e, log1p_ratio_polynomial(e), x); }
+inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
+#ifdef __FMA__
+  return multiple_by_polynomial(c, a, b);
+#else
+  return multiple_by_sum(c, a, b);
+#endif
+}
 inline Vec log_positive(Vec w) {
   Vec n, m;
   split_exponent(w, &n, &m);
@@ -34,6 +39,10 @@ constexpr int kPerFloatSum = 16;  // vectors added in float before they go to do
 constexpr int kPrefetch = 2048;   // bytes ahead, as the hardware's own prefetcher stops at 4 KiB pages
 template <class T>
 constexpr int kPerLine = 64 / (kLanes * int(sizeof(T)));  // vectors in a cache line: one prefetch for them
+template <class T>
+constexpr bool kPairs = false;  // two vectors are rounded and stored as one
+template <>
+constexpr bool kPairs<BFloat16> = true;
 
 template <class T, class Formula, Output kOutput>
 struct PlainTile {
@@ -84,29 +93,40 @@ struct PlainTile {
     while (i + kLanes <= end) {
       const int64_t stop = end - i < kPerFloatSum * kLanes ? end - kLanes : i + (kPerFloatSum - 1) * kLanes;
       Vec sum(0.0f);
-      const auto step = [&] {
-        Term<Vec> t = formula.negative(load(x + i));
-        if (kCodes) {
-          const Mask special = equal_either(codes + (i - begin), int16_t(k), int16_t(kIgnored));
-          t.loss = zero_where(special, t.loss);
-          t.slope = zero_where(special, t.slope);
-          unsigned rest = bits(special);
-          while (rest != 0) {
-            const int lane = __builtin_ctz(rest);
-            rest &= rest - 1;
-            if (codes[i - begin + lane] == k) hold(i + lane);
-          }
+      const auto slope_at = [&](int64_t at) {
+        const Term<Vec> t = formula.negative(load(x + at));
+        if (!kCodes) {
+          if (kLoss) sum = sum + t.loss;
+          return t.slope * weight;
         }
-        if (kLoss) sum = sum + t.loss;
-        if (kGradient) store(g + i, t.slope * weight);
-        i += kLanes;
+        const int16_t* const c = codes + (at - begin);
+        const Found special = find_codes(c, int16_t(k), int16_t(kIgnored));
+        if (special.first) {
+          for (int lane = 0; lane < kLanes; ++lane)
+            if (c[lane] == k) hold(at + lane);
+        }
+        if (kLoss) sum = add_except(special.either, sum, t.loss);
+        return multiply_except(special.either, t.slope, weight);
       };
       while (i + (kPerLine<T> - 1) * kLanes <= stop) {
         __builtin_prefetch(x + i + kAhead);
         if (kGradient) __builtin_prefetch(g + i + kAhead, 1);
-        for (int n = 0; n < kPerLine<T>; ++n) step();
+        if constexpr (kGradient && kPairs<T>) {
+          for (int n = 0; n < kPerLine<T>; n += 2, i += 2 * kLanes) {
+            const Vec first = slope_at(i), second = slope_at(i + kLanes);
+            store_pair(g + i, first, second);
+          }
+        } else {
+          for (int n = 0; n < kPerLine<T>; ++n, i += kLanes) {
+            const Vec slope = slope_at(i);
+            if (kGradient) store(g + i, slope);
+          }
+        }
       }
-      while (i <= stop) step();
+      for (; i <= stop; i += kLanes) {
+        const Vec slope = slope_at(i);
+        if (kGradient) store(g + i, slope);
+      }
       if (kLoss) negatives.add(sum);
       release();
     }
@@ -178,6 +198,9 @@ struct PlainTile {
   }
 };
 
+// A NaN without the payload that a caller's normalizer may have carried: store_pair() cannot round one.
+inline float canonical(float x) { return x == x ? x : __builtin_nanf(""); }
+
 template <class T, class Formula, Output kOutput>
 void plain_tile(const Call& call, const Tile& tile, const Formula& formula, double* partial) {
   const Level& level = call.levels.level[tile.level];
@@ -186,8 +209,8 @@ void plain_tile(const Call& call, const Tile& tile, const Formula& formula, doub
   work.x = static_cast<const T*>(level.logits) + tile.image * level.image_logits;
   work.g = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + tile.image * level.image_logits;
   work.formula = formula;
-  work.negative = float(call.negative_weight * scale);
-  work.positive = float(call.positive_weight * scale);
+  work.negative = canonical(float(call.negative_weight * scale));
+  work.positive = canonical(float(call.positive_weight * scale));
   const int16_t* codes = static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
   const int classes = int(call.levels.classes.divisor);
   if (level.layout == Layout::kClassLast) {

@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../half.h"
+#include "../focal_math.h"
 
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
@@ -27,6 +27,10 @@ constexpr int kLanes = 16;
 
 struct Mask {
   __mmask16 m;
+};
+struct Found {
+  Mask either;
+  bool first;
 };
 struct Vec {
   __m512 v;
@@ -80,18 +84,35 @@ inline void store(Half* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Lanes whose 16-bit code equals a or b.
-inline Mask equal_either(const int16_t* codes, int16_t a, int16_t b) {
+// Rounded to nearest, ties to even. A NaN has to be canonical: its last 16 bits are not looked at.
+inline __m512i rounded_in_high_half(Vec x) {
+  const __m512i b = _mm512_castps_si512(x.v);
+  const __m512i up = _mm512_add_epi32(b, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(b, _mm512_set1_epi32(0x10000)), up, _mm512_set1_epi32(1));
+}
+inline void store_pair(BFloat16* p, Vec a, Vec b) {
+  constexpr auto high = [](int i) { return (2 * i + 1) | (2 * i + 3) << 16; };  // two of the 64 halves
+  const __m512i which = _mm512_setr_epi32(high(0), high(2), high(4), high(6), high(8), high(10), high(12), high(14),
+                                          high(16), high(18), high(20), high(22), high(24), high(26), high(28), high(30));
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(rounded_in_high_half(a), which, rounded_in_high_half(b)));
+}
+
+// Which of as many 16-bit codes are a or b, and whether any is a.
+inline Found find_codes(const int16_t* codes, int16_t a, int16_t b) {
   const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-  const __m256i hit =
-      _mm256_or_si256(_mm256_cmpeq_epi16(c, _mm256_set1_epi16(a)), _mm256_cmpeq_epi16(c, _mm256_set1_epi16(b)));
-  const __m512i wide = _mm512_cvtepi16_epi32(hit);
-  return {_mm512_test_epi32_mask(wide, wide)};
+  const __mmask16 first = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(a));
+  const __mmask16 second = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(b));
+  return {{static_cast<__mmask16>(first | second)}, first != 0};
 }
-inline unsigned bits(Mask m) { return m.m; }
-inline Vec zero_where(Mask m, Vec x) {  // whatever x is there, NaN included
-  return Vec(_mm512_maskz_mov_ps(static_cast<__mmask16>(~m.m), x.v));
+// Where the mask is set: 0, whatever x is there, NaN included.
+inline Vec zero_where(Mask m, Vec x) { return Vec(_mm512_maskz_mov_ps(static_cast<__mmask16>(~m.m), x.v)); }
+inline Vec zero_below(Vec x, Vec least, Vec y) {
+  return Vec(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, least.v, _CMP_NLT_UQ), y.v));
 }
+inline Vec add_except(Mask m, Vec sum, Vec x) {
+  return Vec(_mm512_mask_add_ps(sum.v, static_cast<__mmask16>(~m.m), sum.v, x.v));
+}
+inline Vec multiply_except(Mask m, Vec x, Vec y) { return Vec(_mm512_maskz_mul_ps(static_cast<__mmask16>(~m.m), x.v, y.v)); }
 
 struct Sum {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
@@ -111,6 +132,10 @@ constexpr int kLanes = 8;
 
 struct Mask {
   __m256 m;
+};
+struct Found {
+  Mask either;
+  bool first;
 };
 struct Vec {
   __m256 v;
@@ -166,16 +191,26 @@ inline void store(Half* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Lanes whose 16-bit code equals a or b.
-inline Mask equal_either(const int16_t* codes, int16_t a, int16_t b) {
+// Rounded to nearest, ties to even. A NaN has to be canonical: its last 16 bits are not looked at.
+inline __m256i rounded_from_high_half(Vec x) {
+  const __m256i b = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  return _mm256_srli_epi32(_mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+}
+inline void store_pair(BFloat16* p, Vec a, Vec b) {
+  const __m256i packed = _mm256_packus_epi32(rounded_from_high_half(a), rounded_from_high_half(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+
+// Which of as many 16-bit codes are a or b, and whether any is a.
+inline Found find_codes(const int16_t* codes, int16_t a, int16_t b) {
   const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  const __m128i hit = _mm_or_si128(_mm_cmpeq_epi16(c, _mm_set1_epi16(a)), _mm_cmpeq_epi16(c, _mm_set1_epi16(b)));
-  return {_mm256_castsi256_ps(_mm256_cvtepi16_epi32(hit))};
+  const __m128i first = _mm_cmpeq_epi16(c, _mm_set1_epi16(a)), second = _mm_cmpeq_epi16(c, _mm_set1_epi16(b));
+  const __m256i either = _mm256_cvtepi16_epi32(_mm_or_si128(first, second));
+  return {{_mm256_castsi256_ps(either)}, _mm_testz_si128(first, first) == 0};
 }
-inline unsigned bits(Mask m) { return static_cast<unsigned>(_mm256_movemask_ps(m.m)); }
-inline Vec zero_where(Mask m, Vec x) {  // whatever x is there, NaN included
-  return Vec(_mm256_andnot_ps(m.m, x.v));
-}
+// Where the mask is set: 0, whatever x is there, NaN included.
+inline Vec zero_where(Mask m, Vec x) { return Vec(_mm256_andnot_ps(m.m, x.v)); }
 
 struct Sum {
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
@@ -199,6 +234,10 @@ typedef uint32_t Unsigned __attribute__((vector_size(16)));
 
 struct Mask {
   Ints m;
+};
+struct Found {
+  Mask either;
+  bool first;
 };
 struct Vec {
   Floats v;
@@ -249,12 +288,15 @@ inline void store(T* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(x.v[i]);
 }
 
-inline Mask equal_either(const int16_t* codes, int16_t a, int16_t b) {
-  const Ints c = {codes[0], codes[1], codes[2], codes[3]};
-  return {(c == int32_t(a)) | (c == int32_t(b))};
+inline void store_pair(BFloat16* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + kLanes, b);
 }
-inline unsigned bits(Mask m) {
-  return unsigned(m.m[0] & 1) | unsigned(m.m[1] & 2) | unsigned(m.m[2] & 4) | unsigned(m.m[3] & 8);
+
+inline Found find_codes(const int16_t* codes, int16_t a, int16_t b) {
+  const Ints c = {codes[0], codes[1], codes[2], codes[3]};
+  const Ints first = c == int32_t(a);
+  return {{first | (c == int32_t(b))}, (first[0] | first[1] | first[2] | first[3]) != 0};
 }
 inline Vec zero_where(Mask m, Vec x) { return Vec(Floats(~m.m & Ints(x.v))); }
 
@@ -268,11 +310,17 @@ struct Sum {
 
 #endif
 
+#if !defined(__AVX512F__)
+inline Vec zero_below(Vec x, Vec least, Vec y) { return zero_where(x < least, y); }
+inline Vec add_except(Mask m, Vec sum, Vec x) { return sum + zero_where(m, x); }
+inline Vec multiply_except(Mask m, Vec x, Vec y) { return zero_where(m, x * y); }
+#endif
+
 // The steps of exp_by_polynomial() in focal_math.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
 // bits: an exponent, once shifted up.
 inline void split_ln2(Vec& x, Vec* n, Vec* power) {
   const Vec magic(12582912.0f + 127.0f);
-  x = at_least(x, Vec(-88.0297f));
+  x = at_least(x, Vec(float(kExpLeast)));
   const Vec shifted = fused_multiply_add(x, Vec(1.44269504f), magic);
   *n = shifted - magic;
   *power = shifted_up(shifted);
