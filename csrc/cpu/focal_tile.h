@@ -94,19 +94,18 @@ struct PlainTile {
       const int64_t stop = end - i < kPerFloatSum * kLanes ? end - kLanes : i + (kPerFloatSum - 1) * kLanes;
       Vec sum(0.0f);
       const auto slope_at = [&](int64_t at) {
-        const Term<Vec> t = formula.negative(load(x + at));
+        const Vec v = load(x + at);
+        const Term<Vec> t = formula.negative(v);
         if (!kCodes) {
           if (kLoss) sum = sum + t.loss;
           return t.slope * weight;
         }
-        const int16_t* const c = codes + (at - begin);
-        const Found special = find_codes(c, int16_t(k), int16_t(kIgnored));
-        if (special.first) {
-          for (int lane = 0; lane < kLanes; ++lane)
-            if (c[lane] == k) hold(at + lane);
-        }
-        if (kLoss) sum = add_except(special.either, sum, t.loss);
-        return multiply_except(special.either, t.slope, weight);
+        const Codes c = load_codes(codes + (at - begin));
+        const CodeMask found = equal(c, int16_t(k));
+        const Mask special = either(found, equal(c, int16_t(kIgnored)));
+        if (any(found)) hold(at, v);
+        if (kLoss) sum = add_except(special, sum, t.loss);
+        return multiply_except(special, t.slope, weight);
       };
       while (i + (kPerLine<T> - 1) * kLanes <= stop) {
         __builtin_prefetch(x + i + kAhead);
@@ -128,38 +127,39 @@ struct PlainTile {
         if (kGradient) store(g + i, slope);
       }
       if (kLoss) negatives.add(sum);
-      release();
+      for (; holding > 0; --holding)
+        push_found(held[holding - 1], kLanes, held_value + (holding - 1) * kLanes, codes - begin, k);
     }
     if (i < end) {
       const int n = int(end - i);
-      Term<Vec> t = formula.negative(load_first(x + i, n));
-      float loss[kLanes], slope[kLanes];
+      const Vec v = load_first(x + i, n);
+      const Term<Vec> t = formula.negative(v);
+      float logit[kLanes], loss[kLanes], slope[kLanes];
+      store(logit, v);
       store(loss, t.loss);
       store(slope, t.slope * weight);
       for (int lane = 0; lane < kLanes; ++lane) {
         const int code = kCodes && lane < n ? codes[i - begin + lane] : kBackground;
-        const bool special = kCodes && (code == k || code == kIgnored);
-        if (lane >= n || special) loss[lane] = slope[lane] = 0;
-        if (lane < n && special && code == k) hold(i + lane);
+        if (lane >= n || (kCodes && (code == k || code == kIgnored))) loss[lane] = slope[lane] = 0;
       }
       if (kLoss) negatives.add(load(loss));
       if (kGradient) store_first(g + i, load(slope), n);
-      release();
+      if (kCodes) push_found(i, n, logit, codes - begin, k);
     }
   }
 
-  // Positives met inside the loop above, read before g overwrites them (it may be x). They are pushed after the loop, so
-  // that its registers are not spilled for them.
+  // Vectors with a positive met inside the loop above, saved before g overwrites them (it may be x). The positives in them are
+  // pushed after the loop, so that its registers are not spilled for them.
   int holding = 0;
-  int64_t held[kPerFloatSum * kLanes];
+  int64_t held[kPerFloatSum];
   float held_value[kPerFloatSum * kLanes];
-  void hold(int64_t i) {
-    held[holding] = i;
-    held_value[holding++] = to_float(x[i]);
+  void hold(int64_t at, Vec v) {
+    held[holding] = at;
+    store(held_value + holding++ * kLanes, v);
   }
-  void release() {
-    for (int i = 0; i < holding; ++i) push(held[i], held_value[i]);
-    holding = 0;
+  void push_found(int64_t at, int n, const float* logit, const int16_t* codes, int k) {
+    for (int lane = 0; lane < n; ++lane)
+      if (codes[at + lane] == k) push(at + lane, logit[lane]);
   }
 
   void zero(int64_t begin, int64_t end) {

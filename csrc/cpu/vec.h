@@ -28,10 +28,6 @@ constexpr int kLanes = 16;
 struct Mask {
   __mmask16 m;
 };
-struct Found {
-  Mask either;
-  bool first;
-};
 struct Vec {
   __m512 v;
   Vec() = default;
@@ -97,13 +93,13 @@ inline void store_pair(BFloat16* p, Vec a, Vec b) {
   _mm512_storeu_si512(p, _mm512_permutex2var_epi16(rounded_in_high_half(a), which, rounded_in_high_half(b)));
 }
 
-// Which of as many 16-bit codes are a or b, and whether any is a.
-inline Found find_codes(const int16_t* codes, int16_t a, int16_t b) {
-  const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-  const __mmask16 first = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(a));
-  const __mmask16 second = _mm256_cmpeq_epi16_mask(c, _mm256_set1_epi16(b));
-  return {{static_cast<__mmask16>(first | second)}, first != 0};
-}
+// As many 16-bit codes, and which of them equal one.
+using Codes = __m256i;
+using CodeMask = __mmask16;
+inline Codes load_codes(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline CodeMask equal(Codes codes, int16_t c) { return _mm256_cmpeq_epi16_mask(codes, _mm256_set1_epi16(c)); }
+inline bool any(CodeMask m) { return m != 0; }
+inline Mask either(CodeMask a, CodeMask b) { return {static_cast<__mmask16>(a | b)}; }
 // Where the mask is set: 0, whatever x is there, NaN included.
 inline Vec zero_where(Mask m, Vec x) { return Vec(_mm512_maskz_mov_ps(static_cast<__mmask16>(~m.m), x.v)); }
 inline Vec zero_below(Vec x, Vec least, Vec y) {
@@ -132,10 +128,6 @@ constexpr int kLanes = 8;
 
 struct Mask {
   __m256 m;
-};
-struct Found {
-  Mask either;
-  bool first;
 };
 struct Vec {
   __m256 v;
@@ -202,13 +194,13 @@ inline void store_pair(BFloat16* p, Vec a, Vec b) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
 }
 
-// Which of as many 16-bit codes are a or b, and whether any is a.
-inline Found find_codes(const int16_t* codes, int16_t a, int16_t b) {
-  const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-  const __m128i first = _mm_cmpeq_epi16(c, _mm_set1_epi16(a)), second = _mm_cmpeq_epi16(c, _mm_set1_epi16(b));
-  const __m256i either = _mm256_cvtepi16_epi32(_mm_or_si128(first, second));
-  return {{_mm256_castsi256_ps(either)}, _mm_testz_si128(first, first) == 0};
-}
+// As many 16-bit codes, and which of them equal one.
+using Codes = __m128i;
+using CodeMask = __m128i;
+inline Codes load_codes(const int16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+inline CodeMask equal(Codes codes, int16_t c) { return _mm_cmpeq_epi16(codes, _mm_set1_epi16(c)); }
+inline bool any(CodeMask m) { return _mm_testz_si128(m, m) == 0; }
+inline Mask either(CodeMask a, CodeMask b) { return {_mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm_or_si128(a, b)))}; }
 // Where the mask is set: 0, whatever x is there, NaN included.
 inline Vec zero_where(Mask m, Vec x) { return Vec(_mm256_andnot_ps(m.m, x.v)); }
 
@@ -234,10 +226,6 @@ typedef uint32_t Unsigned __attribute__((vector_size(16)));
 
 struct Mask {
   Ints m;
-};
-struct Found {
-  Mask either;
-  bool first;
 };
 struct Vec {
   Floats v;
@@ -293,11 +281,12 @@ inline void store_pair(BFloat16* p, Vec a, Vec b) {
   store(p + kLanes, b);
 }
 
-inline Found find_codes(const int16_t* codes, int16_t a, int16_t b) {
-  const Ints c = {codes[0], codes[1], codes[2], codes[3]};
-  const Ints first = c == int32_t(a);
-  return {{first | (c == int32_t(b))}, (first[0] | first[1] | first[2] | first[3]) != 0};
-}
+using Codes = Ints;
+using CodeMask = Ints;
+inline Codes load_codes(const int16_t* p) { return Ints{p[0], p[1], p[2], p[3]}; }
+inline CodeMask equal(Codes codes, int16_t c) { return codes == int32_t(c); }
+inline bool any(CodeMask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
+inline Mask either(CodeMask a, CodeMask b) { return {a | b}; }
 inline Vec zero_where(Mask m, Vec x) { return Vec(Floats(~m.m & Ints(x.v))); }
 
 struct Sum {
