@@ -149,9 +149,13 @@ class Call:
 
 
 class InPlaceCall(Call):
-    """With grad_mode="inplace" each call uses its logits up: they are outputs of an operation, copied beforehand."""
+    """With grad_mode="inplace" each call uses its logits up: they are outputs of an operation, copied beforehand.
+
+    The last call's gradients lie in memory of its logits, which whoever made those has to release: not timed either.
+    """
 
     def prepare(self, calls: int) -> None:
+        self.release()
         self.copies: list[list[Tensor]] = []
         for i in range(calls):
             leaves = self.leaves[(self.turn + calls - i) % len(self.sets)]

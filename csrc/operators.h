@@ -6,6 +6,7 @@
 //   static void encode(const LabelCall&, const Tensor& like);                  labels -> codes, and adds to the counts
 //   static void count(const CountCall&, const Tensor& like);                   counts -> divisor
 //   static void scale(const ScaleCall&, const Tensor& like);                   finished gradients by the incoming one
+//   struct Scratch(const Tensor& like, int64_t n, bool zero), .data()          n numbers of 8 bytes for one call; zero: all 0
 //
 // Only PyTorch's stable ABI is used, so one binary serves every torch from 2.10 on.
 #pragma once
@@ -240,8 +241,7 @@ struct Operators {
     if (what == Count::kNothing || per_image) shape.push_back(per_image ? images : 0);
     const Tensor out = torch::stable::new_empty(logits[0], {codes}, wide ? ScalarType::Int : ScalarType::Short);
     const Tensor divisor = torch::stable::new_empty(logits[0], shape, ScalarType::Double);
-    Tensor counts = torch::stable::new_empty(logits[0], {images, 2}, ScalarType::Long);
-    torch::stable::zero_(counts);
+    const typename Device::Scratch counts(logits[0], images * 2, true);
 
     LabelCall call = {};
     call.type = label_type(type);
@@ -251,7 +251,7 @@ struct Operators {
     call.background = background_index;
     call.ignore = ignore_index;
     call.codes = out.mutable_data_ptr();
-    call.counts = static_cast<int64_t*>(counts.mutable_data_ptr());
+    call.counts = static_cast<int64_t*>(counts.data());
     int64_t first_anchor = 0, column = 0;
     for (size_t start = 0; start < logits.size(); start += kMaxLevels) {
       call.first_level = static_cast<int32_t>(start);
@@ -487,8 +487,8 @@ struct Operators {
         levels.tiles += levels.images * level.tiles.per_image;
         ++levels.count;
       }
-      const Tensor partial = torch::stable::new_empty(logits[0], {loss ? levels.tiles : 0}, ScalarType::Double);
-      call.partial = static_cast<double*>(partial.mutable_data_ptr());
+      const typename Device::Scratch partial(logits[0], loss ? levels.tiles : 0, false);
+      call.partial = static_cast<double*>(partial.data());
       if (levels.tiles > 0) Device::run(call, logits[0]);
       if (loss) Device::reduce(call, loss->mutable_data_ptr(), loss->numel(), !first, logits[0]);
       first = false;

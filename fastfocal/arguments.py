@@ -51,32 +51,34 @@ def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) ->
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
     first = levels[0]
+    dim, dtype, device, batch = first.dim(), first.dtype, first.device, first.shape[0] if first.dim() else 0
     for i, t in enumerate(levels):
+        rank = t.dim()
         if t.dtype not in FLOATING:
             raise TypeError(f"logits[{i}]: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if t.dim() not in (2, 3, 4):
+        if rank not in (2, 3, 4):
             raise ValueError(f"logits[{i}]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(t)}")
-        if t.dtype != first.dtype:
-            raise TypeError(f"logits[{i}]: expected the dtype of level 0, {first.dtype}, got {t.dtype}")
-        if t.device != first.device:
-            raise ValueError(f"logits[{i}]: expected the device of level 0, {first.device}, got {t.device}")
-        if t.dim() != first.dim():
-            raise ValueError(f"logits[{i}]: expected {first.dim()} dimensions as level 0 has, got shape {shape(t)}")
-        if t.dim() > 2 and t.shape[0] != first.shape[0]:
-            raise ValueError(f"logits[{i}]: expected batch size {first.shape[0]} as level 0 has, got shape {shape(t)}")
+        if t.dtype != dtype:
+            raise TypeError(f"logits[{i}]: expected the dtype of level 0, {dtype}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"logits[{i}]: expected the device of level 0, {device}, got {t.device}")
+        if rank != dim:
+            raise ValueError(f"logits[{i}]: expected {dim} dimensions as level 0 has, got shape {shape(t)}")
+        if rank > 2 and t.shape[0] != batch:
+            raise ValueError(f"logits[{i}]: expected batch size {batch} as level 0 has, got shape {shape(t)}")
     if num_classes is None:
         if first.dim() == 4 and need_classes:
             raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
-        num_classes = first.shape[1] if first.dim() == 4 else first.shape[-1]
+        num_classes = first.shape[1] if dim == 4 else first.shape[-1]
         if num_classes < 1:
             raise ValueError(f"logits[0]: expected at least one class, got shape {shape(first)}")
     for i, t in enumerate(levels):
-        if t.dim() == 4 and t.shape[1] % num_classes:
+        if dim == 4 and t.shape[1] % num_classes:
             raise ValueError(
                 f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {t.shape[1]} "
                 f"(shape {shape(t)})"
             )
-        if t.dim() < 4 and t.shape[-1] != num_classes:
+        if dim < 4 and t.shape[-1] != num_classes:
             raise ValueError(f"logits[{i}]: expected {num_classes} classes in the last dimension, got shape {shape(t)}")
     return levels, num_classes
 
@@ -99,26 +101,28 @@ def anchors_of(t: Tensor, num_classes: int) -> int:
 def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:
     """Per-anchor values (labels, weights) as (N, M) a level, or as one (N, sum M); views wherever strides allow."""
     given = as_levels(name, value)
-    n = images(levels[0])
+    n, device = images(levels[0]), levels[0].device
     counts = [anchors_of(t, num_classes) for t in levels]
     for i, t in enumerate(given):
-        if t.device != levels[0].device:
-            raise ValueError(f"{name}[{i}]: expected the logits' device, {levels[0].device}, got {t.device}")
+        if t.device != device:
+            raise ValueError(f"{name}[{i}]: expected the logits' device, {device}, got {t.device}")
         if t.requires_grad:
             raise ValueError(
                 f"{name}[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True"
             )
     if isinstance(value, Tensor) and len(levels) > 1:
         expected = (sum(counts),) if levels[0].dim() == 2 else (n, sum(counts))
-        if shape(value) != expected:
+        if value.shape != expected:
             raise ValueError(
                 f"{name}: expected one tensor of shape {expected} for all {len(levels)} levels (their anchors: {counts}), or "
                 f"a list of {len(levels)}; got shape {shape(value)}"
             )
-        return [value.reshape(n, sum(counts))]
+        return [value if value.dim() == 2 else value[None]]
     if len(given) != len(levels):
         raise ValueError(f"{name}: expected {len(levels)} levels, or one tensor for all, got {len(given)}")
     for i, (t, logits, m) in enumerate(zip(given, levels, counts, strict=True)):
+        if t.shape == (n, m) and logits.dim() > 2:
+            continue
         allowed: list[tuple[int, ...]] = [(m,)] if logits.dim() == 2 else [(n, m)]
         if logits.dim() == 4:
             h, w = logits.shape[2:]
@@ -131,7 +135,7 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
                 f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(logits)} and "
                 f"{num_classes} classes, got {shape(t)}"
             )
-    return [t.reshape(n, m) for t, m in zip(given, counts, strict=True)]
+    return [t if t.shape == (n, m) else t.reshape(n, m) for t, m in zip(given, counts, strict=True)]
 
 
 def check_labels(targets: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:

@@ -84,11 +84,12 @@ class FastFocalLoss(nn.Module):
         normalizer: str | float | Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
+        class_alpha = self.class_alpha
         return focal_loss(
             logits,
             targets,
             num_classes=self.num_classes,
-            alpha=self.alpha if self.class_alpha is None else self.class_alpha,
+            alpha=self.alpha if class_alpha is None else class_alpha,
             gamma=self.gamma,
             background_index=self.background_index,
             ignore_index=self.ignore_index,

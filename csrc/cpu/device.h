@@ -1,11 +1,25 @@
 // The CPU as a Device of operators.h.
 #pragma once
 
+#include <cstdlib>
+#include <memory>
+#include <new>
+
 #include "../operators.h"
 
 namespace fastfocal {
 
 struct Cpu {
+  struct Scratch {  // not a tensor: making one goes through the dispatcher, a microsecond or two
+    Scratch(const Tensor&, int64_t n, bool) : memory_(std::calloc(static_cast<size_t>(n > 0 ? n : 1), 8), std::free) {
+      if (memory_ == nullptr) throw std::bad_alloc();
+    }
+    void* data() const { return memory_.get(); }
+
+   private:
+    std::unique_ptr<void, void (*)(void*)> memory_;
+  };
+
   static void run(const Call& call, const Tensor& like);
   static void reduce(const Call& call, void* loss, int64_t size, bool add, const Tensor& like);
   static void fresh(void* memory, size_t bytes);

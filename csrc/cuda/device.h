@@ -8,6 +8,16 @@
 namespace fastfocal::cuda {
 
 struct Cuda {
+  struct Scratch {  // from torch's allocator, which knows the stream
+    Scratch(const Tensor& like, int64_t n, bool zero) : memory_(torch::stable::new_empty(like, {n}, ScalarType::Long)) {
+      if (zero) torch::stable::zero_(memory_);
+    }
+    void* data() const { return memory_.mutable_data_ptr(); }
+
+   private:
+    Tensor memory_;
+  };
+
   static void run(const Call& call, const Tensor& like) { cuda::run(call, Context(like)); }
   static void reduce(const Call& call, void* loss, int64_t size, bool add, const Tensor& like) {
     cuda::reduce(call, loss, size, add, Context(like));
