@@ -146,6 +146,11 @@ inline Level level_of(const Tensor& logits, int64_t classes, int index) {
     level.layout = Layout::kClassLast;
   }
   STD_TORCH_CHECK(level.anchors <= INT32_MAX, "logits[", index, "]: expected less than 2^31 anchors, got ", level.anchors);
+  if (classes == 1 && level.layout == Layout::kClassLast) {  // then it is one plane just as well, and kernels divide by it
+    const uint64_t plane = level.anchors > 0 ? static_cast<uint64_t>(level.anchors) : 1;
+    level.layout = Layout::kClassFirst;
+    level.cells = Divisor(static_cast<uint32_t>(plane), plane + kTileLogits);
+  }
   level.image_logits = level.anchors * classes;
   return level;
 }

@@ -135,6 +135,18 @@ def test_accuracy_of_soft_targets(backend: Backend, dtype: torch.dtype, gamma: f
     losses_and_gradients(level, [targets.expand(level[0].shape).contiguous()], gamma=gamma)
 
 
+@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("dtype", list(SIXTEEN_BIT), ids=str)
+def test_accuracy_of_16_bit_logits_before_rounding(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+    """A loss is float32 whatever the logits are: an image for each value shows what a stored gradient rounds away."""
+    values = grid(backend.sized(4096, 500), dtype, backend.device).unique()
+    level = values.view(-1, 1, 1, 1).expand(-1, 8, 1, 1).contiguous()
+    label = (torch.arange(len(values), device=backend.device) % 2 * 8).view(-1, 1)  # positive, background
+    options = {"num_classes": 8, "gamma": gamma, "normalizer": None, "reduction": "image"}
+    loss = fastfocal.focal_loss([level], label, **options)
+    assert_close(loss, expect([level], label, **options).loss, tolerance(dtype, gamma))
+
+
 @pytest.mark.parametrize("gamma", (0.0, 2.0, 3.3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 def test_accuracy_with_label_smoothing(backend: Backend, dtype: torch.dtype, gamma: float) -> None:

@@ -8,6 +8,7 @@ from cases import (
     DTYPES,
     FORMS,
     FOUR_D,
+    IGNORED,
     THREE_D,
     TWO_D,
     Backend,
@@ -290,6 +291,61 @@ def test_whole_tiles_of_16_bit_logits(
     size = SIZES["two_images_of_8190"]
     levels, labels = problem(backend, size, generator, layout=layout, dtype=dtype)
     check(levels, labels, num_classes=size.classes, reduction="image")
+
+
+# Levels of several whole tiles of 8192 logits, which the kernels read without looking for an end.
+WHOLE_TILES = {
+    "rows_of_80": Size(2, 1, 80, ((15, 16),)),  # a row of classes is whole vectors
+    "rows_of_91": Size(1, 1, 91, ((13, 16),)),  # and is not: a vector goes over an anchor's end at every place
+    "rows_of_9": Size(1, 3, 9, ((25, 28),)),  # hardly more than one vector
+    "rows_of_3": Size(1, 1, 3, ((50, 110),)),  # less than one
+    "planes_of_9000": Size(1, 1, 2, ((90, 100),)),  # more than a tile
+    "planes_of_2100": Size(1, 2, 6, ((35, 60),)),  # a tile has several; the last goes on to the next anchor
+    "planes_of_4900": Size(2, 1, 4, ((70, 70),)),  # vectors of 8 codes, not of 4, go over the end
+    "planes_of_4425": Size(1, 1, 4, ((59, 75),)),  # of no whole vectors
+    "planes_of_70000": Size(1, 1, 1, ((250, 280),)),  # one class, and too large to be divided by
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+@pytest.mark.parametrize("name", WHOLE_TILES)
+def test_whole_tiles(backend: Backend, name: str, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """With positives, ignored anchors and infinite and NaN logits in these at every place of a vector."""
+    size = WHOLE_TILES[name]
+    levels = draw_levels(size, generator, dtype=dtype, layout=layout)
+    drawn = draw_classes(size, generator, positive=0.03, ignored=0.02)
+    levels = [with_odd_logits_where_ignored(x, y, size) for x, y in zip(levels, drawn, strict=True)]
+    labels = encode(drawn, size.classes)
+    levels, labels = move(levels, backend.device), move(labels, backend.device)
+    for mode in ("save", "inplace"):
+        check(levels, labels, num_classes=size.classes, reduction="image", grad_mode=mode)
+
+
+def with_odd_logits_where_ignored(x: Tensor, drawn: Tensor, size: Size) -> Tensor:
+    """inf, -inf and NaN in turn for the logits of ignored anchors; x is a level in any layout, changed where it lies."""
+    odd = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=x.dtype)
+    if x.dim() == 4:
+        n, _, h, w = x.shape
+        rows = x.unflatten(1, (size.anchors, size.classes)).permute(0, 3, 4, 1, 2)  # (N, H, W, A, K), a view
+        ignored = (drawn == IGNORED).view(n, h, w, size.anchors)
+    else:
+        rows, ignored = x, drawn == IGNORED
+    rows[ignored] = odd[torch.arange(size.classes) % 3]
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nan_in_a_whole_tile(backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """NaN there and nowhere else, among infinite ones, positives too."""
+    size = WHOLE_TILES["rows_of_80"]
+    (x,), (y,) = draw_levels(size, generator, dtype=dtype, layout=layout), draw_classes(size, generator)
+    memory = x.permute(0, 2, 3, 1).view(-1) if layout == "channels_last" else x.view(-1)
+    for at, value in ((1001, float("nan")), (9003, float("inf")), (13002, -float("inf"))):
+        memory[at] = value
+    labels = encode([y], size.classes)
+    check(move([x], backend.device), move(labels, backend.device), num_classes=size.classes, reduction="level")
 
 
 @pytest.mark.parametrize("reduction", ["sum", "image"])

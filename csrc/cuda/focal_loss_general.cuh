@@ -12,26 +12,18 @@ namespace {
 
 template <class T, class S, class Formula, bool kSoft>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kernel(const __grid_constant__ Call call) {
-  __shared__ Tile shared_tile;
-  __shared__ TileMap shared_map;
-
   const Formula formula(S(call.gamma), S(call.label_smoothing));
   const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
   const int64_t last = first_item(call.levels.tiles, blockIdx.x + 1);
   for (int64_t index = first_item(call.levels.tiles, blockIdx.x); index < last; ++index) {
-    __syncthreads();  // the last tile is done
-    if (threadIdx.x == 0) {
-      shared_tile = tile_at(call.levels, index);
-      shared_map = TileMap(call.levels, shared_tile);
-    }
-    __syncthreads();
-    const Tile tile = shared_tile;
-    const TileMap map = shared_map;
+    const TileWork& work = begin_tile<S>(call, index);
+    const Tile tile = work.tile;
+    const TileMap map = work.map;
     const Level& level = call.levels.level[tile.level];
     if (!sums && level.out == nullptr) continue;
     const int64_t base = tile.image * level.image_logits;
     const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
-    const S scale = S(scale_of<S>(call, tile.level, tile.image));
+    const S scale = S(work.scale);
 
     double sum = 0;
     for (int64_t j = tile.begin + threadIdx.x; j < tile.end; j += kThreads) {

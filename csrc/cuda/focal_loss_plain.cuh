@@ -1,8 +1,8 @@
 // The plain kernel (is_plain in call.h): labels, a constant weight for each of the two classes.
 //
 // Bytes: each logit read once, each gradient written once, two bytes of code per anchor. A thread takes 16 bytes of logits
-// at a time, computes them all as negatives, and repairs the rare positive in a divergent branch; a positive or ignored
-// logit does not enter the sum before it is repaired.
+// at a time and computes them all as negatives. A positive or ignored logit is -inf there, whose loss and gradient are
+// exactly 0; a positive's own are computed in a divergent branch.
 #pragma once
 
 #include "../focal_math.h"
@@ -33,13 +33,15 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 
 template <class T>
-__device__ __forceinline__ void load_vector(const T* p, float (&x)[kVector<T>]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ void unpack(uint4 raw, float (&x)[kVector<T>]) {
   const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (sizeof(T) == 4) {
       x[i] = bit_cast<float>(word[i]);
+    } else if constexpr (T::kIsBFloat16) {  // the bits of a float already
+      x[2 * i] = bit_cast<float>(word[i] << 16);
+      x[2 * i + 1] = bit_cast<float>(word[i] & 0xffff0000u);
     } else {
       x[2 * i] = to_float(T{uint16_t(word[i])});
       x[2 * i + 1] = to_float(T{uint16_t(word[i] >> 16)});
@@ -48,7 +50,7 @@ __device__ __forceinline__ void load_vector(const T* p, float (&x)[kVector<T>]) 
 }
 
 template <class T>
-__device__ __forceinline__ void store_vector(T* p, const float (&x)[kVector<T>]) {
+__device__ __forceinline__ uint4 packed(const float (&x)[kVector<T>]) {
   uint32_t word[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -58,178 +60,250 @@ __device__ __forceinline__ void store_vector(T* p, const float (&x)[kVector<T>])
       word[i] = pack<T>(x[2 * i], x[2 * i + 1]);
     }
   }
-  *reinterpret_cast<uint4*>(p) = make_uint4(word[0], word[1], word[2], word[3]);
+  return make_uint4(word[0], word[1], word[2], word[3]);
 }
 
-// Which of a vector's logits are positive and which ignored, as bits.
+// ---------------------------------------------------------------------------------------------------------------------
+// Which of a vector's logits are positive and which ignored, as bits. There are three ways to look, from the offset of the
+// vector in its tile; which one serves is settled for the tile.
+
 struct Special {
   uint32_t positive = 0, ignored = 0;
 };
 
-// All logits of the vector are inside the image. place: of the first.
+// Class last: most vectors lie within one anchor, and most anchors are background.
 template <int kCount>
-__device__ __forceinline__ Special special_logits(const int16_t* codes, const TileMap& map, uint32_t offset) {
-  const Place place = map.at(offset);
-  const uint32_t classes = map.classes.divisor;
-  Special found;
-  if (map.layout == Layout::kClassLast && uint32_t(place.k) + kCount <= classes) {  // one anchor
-    const int code = codes[place.anchor];
-    const uint32_t at = uint32_t(code - place.k);
-    if (code == kIgnored) found.ignored = (1u << kCount) - 1;
-    if (code >= 0 && at < uint32_t(kCount)) found.positive = 1u << at;
+struct AnchorLook {
+  const int16_t* codes;  // from the tile's first anchor on
+  uint32_t k;            // class of the tile's first logit
+  Divisor classes;
+
+  static __device__ bool serves(const TileMap& map) {
+    return map.layout == Layout::kClassLast && map.classes.magic != 0 && map.classes.divisor >= uint32_t(kCount);
+  }
+  __device__ AnchorLook(const int16_t* codes_, const TileMap& map)
+      : codes(codes_ + map.anchor), k(map.k), classes(map.classes) {}
+
+  __device__ __forceinline__ Special at(uint32_t offset) const {
+    const uint32_t n = k + offset;
+    const uint32_t anchor = __umulhi(n, classes.magic);
+    const uint32_t rest = (anchor + 1) * classes.divisor - n;  // logits up to the next anchor
+    const int code = codes[anchor];
+    Special found;
+    if (code == kBackground && rest >= uint32_t(kCount)) return found;
+    mark(code, classes.divisor - rest, 0, rest < uint32_t(kCount) ? rest : kCount, &found);
+    if (rest < uint32_t(kCount)) mark(codes[anchor + 1], 0, rest, kCount, &found);
     return found;
   }
-  if (map.layout == Layout::kClassFirst && uint32_t(place.cell) + kCount <= map.cells.divisor) {  // one plane
-    const int16_t* p = codes + place.anchor;
+
+ private:
+  // Logits [begin, end) of the vector are the classes from `first` on of an anchor with this code.
+  static __device__ __forceinline__ void mark(int code, uint32_t first, uint32_t begin, uint32_t end, Special* found) {
+    const uint32_t at = uint32_t(code) - first + begin;
+    if (code >= 0 && uint32_t(code) >= first && at < end) found->positive |= 1u << at;
+    if (code == kIgnored) found->ignored |= (1u << end) - (1u << begin);
+  }
+};
+
+// Class first: the codes of a plane lie as its logits do, and are read as vectors.
+template <int kCount>
+struct PlaneLook {
+  const int16_t* codes;  // of the first cell of the tile's anchor shape
+  uint32_t k, cell;      // of the tile's first logit
+  Divisor cells;
+
+  // Not where a tile goes on to the next anchor shape, or codes do not lie on the grid of 8 bytes.
+  static __device__ bool serves(const int16_t* codes, const TileMap& map) {
+    const uint32_t last = map.cell + kTileLogits - 1;
+    const bool divides = map.cells.magic != 0 || last < map.cells.divisor;
+    return map.layout == Layout::kClassFirst && divides && map.k + last / map.cells.divisor < map.classes.divisor &&
+           ((map.cells.divisor | map.cell) & 3) == 0 && (reinterpret_cast<uintptr_t>(codes + map.anchor) & 7) == 0;
+  }
+  __device__ PlaneLook(const int16_t* codes_, const TileMap& map)
+      : codes(codes_ + map.anchor), k(map.k), cell(map.cell), cells(map.cells) {}
+
+  __device__ __forceinline__ Special at(uint32_t offset) const {
+    const uint32_t n = cell + offset;
+    const uint32_t plane = __umulhi(n, cells.magic);
+    const uint32_t c = n - plane * cells.divisor;
     uint32_t word[kCount / 2];
-    if ((reinterpret_cast<uintptr_t>(p) & (kCount * sizeof(int16_t) - 1)) == 0) {
-      if constexpr (kCount == 8) {
-        const uint4 raw = *reinterpret_cast<const uint4*>(p);
-        word[0] = raw.x, word[1] = raw.y, word[2] = raw.z, word[3] = raw.w;
-      } else {
-        const uint2 raw = *reinterpret_cast<const uint2*>(p);
-        word[0] = raw.x, word[1] = raw.y;
-      }
-    } else {
 #pragma unroll
-      for (int i = 0; i < kCount / 2; ++i) word[i] = uint32_t(uint16_t(p[2 * i])) | uint32_t(uint16_t(p[2 * i + 1])) << 16;
+    for (uint32_t i = 0; i < kCount / 4; ++i) {  // groups of four cells never leave a plane
+      const uint32_t at = i == 0 || c + 4 * i < cells.divisor ? c + 4 * i : c + 4 * i - cells.divisor;
+      const uint2 four = *reinterpret_cast<const uint2*>(codes + at);
+      word[2 * i] = four.x, word[2 * i + 1] = four.y;
     }
     uint32_t all = word[0];
 #pragma unroll
     for (int i = 1; i < kCount / 2; ++i) all &= word[i];
+    Special found;
     if (all == 0xffffffffu) return found;  // kBackground everywhere
 #pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {  // kIgnored is the one code with a sign and an even number
+      const uint32_t ignored = (word[i] >> 15) & ~word[i] & 0x00010001u;
+      found.ignored |= (ignored | ignored >> 15) << (2 * i) & (3u << (2 * i));
+    }
+    if ((all & 0x80008000u) == 0x80008000u) return found;
+#pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const int code = int16_t(word[i / 2] >> (i % 2 * 16));
+      const uint32_t of_cell = k + plane + (uint32_t(i) >= 4 && c + uint32_t(i) >= cells.divisor ? 1 : 0);
+      found.positive |= uint32_t((word[i / 2] >> (i % 2 * 16) & 0xffffu) == of_cell) << i;
+    }
+    return found;
+  }
+};
+
+// Anything else, logit by logit.
+template <int kCount>
+struct AnyLook {
+  const int16_t* codes;
+  TileMap map;
+
+  __device__ AnyLook(const int16_t* codes_, const TileMap& map_) : codes(codes_), map(map_) {}
+
+  __device__ __forceinline__ Special at(uint32_t offset) const {
+    Special found;
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) {
+      const Place place = map.at(offset + uint32_t(i));
+      const int code = codes[place.anchor];
       found.positive |= uint32_t(code == place.k) << i;
       found.ignored |= uint32_t(code == kIgnored) << i;
     }
     return found;
   }
-#pragma unroll 1
-  for (int i = 0; i < kCount; ++i) {  // the vector goes over the end of an anchor or a plane
-    const Place p = map.at(offset + uint32_t(i));
-    const int code = codes[p.anchor];
-    found.positive |= uint32_t(code == p.k) << i;
-    found.ignored |= uint32_t(code == kIgnored) << i;
-  }
-  return found;
-}
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A thread's share of a tile
 
 template <class T, class Formula, Output kOutput>
 struct PlainThread {
   static constexpr int kCount = kVector<T>;
-  Formula formula;
-  float negative, positive;             // weight times scale, for the gradient
-  double negatives = 0, positives = 0;  // sums of the bare losses
+  static constexpr int kSteps = kTileLogits / kCount / kThreads;
+  static_assert(kTileAlignment % kCount == 0 && kTileLogits % (kCount * kThreads) == 0, "tiles are whole vectors");
 
-  // A whole vector: x becomes its gradient.
-  __device__ __forceinline__ void vector(float (&x)[kCount], const Special special) {
-    float loss[kCount], slope[kCount];
+  Formula formula;
+  float negative, positive;  // weight times scale, for the gradient
+  // Sums of the bare losses. A tile gives a thread 32 logits: two float sums of 16, rounded by 6e-8 of them 15 times.
+  float negatives[2];
+  double positives;
+
+  __device__ __forceinline__ void begin(float negative_, float positive_) {
+    negative = negative_, positive = positive_;
+    negatives[0] = negatives[1] = 0.0f;
+    positives = 0;
+  }
+
+  // 16 bytes of logits at p; their gradient goes to g.
+  __device__ __forceinline__ void vector(const T* p, T* g, bool write, const Special special) {
+    float x[kCount];
+    unpack<T>(*reinterpret_cast<const uint4*>(p), x);
+    // A loop, so that it stays a branch: predicated, it would be issued for every vector.
+    for (uint32_t rest = special.positive | special.ignored; rest != 0; rest &= rest - 1) {
+      const int at = __ffs(int(rest)) - 1;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        if (i == at) x[i] = -INFINITY;
+    }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Term<float> t = formula.negative(x[i]);
-      loss[i] = t.loss;
-      slope[i] = t.slope * negative;
+      if (kOutput != Output::kGradient) negatives[i % 2] += t.loss;
+      x[i] = t.slope * negative;
     }
-    if ((special.positive | special.ignored) != 0) {
+    for (uint32_t rest = special.positive; rest != 0; rest &= rest - 1) {
+      const int at = __ffs(int(rest)) - 1;
+      const Term<float> t = formula.positive(to_float(p[at]));
+      positives += double(t.loss);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        if ((special.positive | special.ignored) >> i & 1u) loss[i] = slope[i] = 0.0f;
-      for (uint32_t rest = special.positive; rest != 0; rest &= rest - 1) {
-        const int at = __ffs(int(rest)) - 1;
-        float logit = 0.0f;
-#pragma unroll
-        for (int i = 0; i < kCount; ++i)
-          logit = i == at ? x[i] : logit;  // an array indexed at run time would leave registers
-        const Term<float> t = formula.positive(logit);
-        positives += double(t.loss);
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) slope[i] = i == at ? t.slope * positive : slope[i];
-      }
+      for (int i = 0; i < kCount; ++i)  // an array indexed at run time would leave registers
+        x[i] = i == at ? t.slope * positive : x[i];
     }
-    if constexpr (kOutput != Output::kGradient) {
-#pragma unroll
-      for (int width = kCount / 2; width > 0; width /= 2)
-#pragma unroll
-        for (int i = 0; i < width; ++i) loss[i] += loss[i + width];
-      negatives += double(loss[0]);
-    }
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = slope[i];
+    if (kOutput != Output::kLoss && write) *reinterpret_cast<uint4*>(g) = packed<T>(x);
   }
 
-  // One logit, at the edges.
-  __device__ __forceinline__ float one(float x, bool is_positive, bool is_ignored) {
-    if (is_ignored) return 0.0f;
-    const Term<float> t = is_positive ? formula.positive(x) : formula.negative(x);
-    (is_positive ? positives : negatives) += double(t.loss);
-    return t.slope * (is_positive ? positive : negative);
+  // A tile that is whole vectors, all of them inside its image.
+  template <class Look>
+  __device__ __forceinline__ void whole_tile(const T* p, T* g, const Look& look) {
+    uint32_t offset = threadIdx.x * kCount;
+    p += offset;
+    if (kOutput != Output::kLoss) g += offset;
+#pragma unroll 2
+    for (int step = 0; step < kSteps; ++step) {
+      vector(p, g, true, look.at(offset));
+      offset += kThreads * kCount;
+      p += kThreads * kCount;
+      if (kOutput != Output::kLoss) g += kThreads * kCount;
+    }
+  }
+
+  // Any other tile: its ends, and storage off the 16-byte grid, logit by logit. Each thread takes the same logits as above.
+  // x, g: the image's.
+  __device__ __forceinline__ void ragged_tile(const T* x, T* g, const Tile& tile, bool aligned,
+                                              const AnyLook<kCount>& look) {
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      const int64_t at = tile.aligned + (int64_t(step) * kThreads + threadIdx.x) * kCount;
+      if (aligned && at >= tile.begin && at + kCount <= tile.end) {
+        vector(x + at, g + at, g != nullptr, look.at(uint32_t(at - tile.begin)));
+        continue;
+      }
+#pragma unroll 1
+      for (int i = 0; i < kCount; ++i) {
+        const int64_t j = at + i;
+        if (j < tile.begin || j >= tile.end) continue;
+        const Place place = look.map.at(uint32_t(j - tile.begin));
+        const int code = look.codes[place.anchor];
+        float slope = 0.0f;
+        if (code != kIgnored) {
+          const bool is_positive = code == place.k;
+          const Term<float> t = is_positive ? formula.positive(to_float(x[j])) : formula.negative(to_float(x[j]));
+          positives += is_positive ? double(t.loss) : 0.0;
+          negatives[0] += is_positive ? 0.0f : t.loss;
+          slope = t.slope * (is_positive ? positive : negative);
+        }
+        if (kOutput != Output::kLoss && g != nullptr) g[j] = from_float<T>(slope);
+      }
+    }
   }
 };
 
 template <class T, Gamma kGamma, Output kOutput>
 __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constant__ Call call) {
-  using Formula = FocalLoss<float, kGamma, false>;
+  constexpr Accuracy kAccuracy = sizeof(T) == 2 ? Accuracy::kSixteenBits : Accuracy::kFloat;
+  using Formula = FocalLoss<float, kGamma, false, kAccuracy>;
   constexpr int kCount = kVector<T>;
-  constexpr int kPerThread = kTileLogits / kCount / kThreads;
-  constexpr bool kGradient = kOutput != Output::kLoss;
-  static_assert(kTileAlignment % kCount == 0 && kTileLogits % (kCount * kThreads) == 0, "tiles are whole vectors");
 
-  __shared__ Tile shared_tile;
-  __shared__ TileMap shared_map;
+  PlainThread<T, Formula, kOutput> thread;
+  thread.formula = Formula(float(call.gamma), 0.0f);
 
   const int64_t last = first_item(call.levels.tiles, blockIdx.x + 1);
   for (int64_t index = first_item(call.levels.tiles, blockIdx.x); index < last; ++index) {
-    __syncthreads();  // the last tile is done
-    if (threadIdx.x == 0) {
-      shared_tile = tile_at(call.levels, index);
-      shared_map = TileMap(call.levels, shared_tile);
-    }
-    __syncthreads();
-    const Tile tile = shared_tile;
-    const TileMap map = shared_map;
+    const TileWork& work = begin_tile<float>(call, index);
+    const Tile& tile = work.tile;
     const Level& level = call.levels.level[tile.level];
     const int64_t base = tile.image * level.image_logits;
     const T* x = static_cast<const T*>(level.logits) + base;
-    T* g = static_cast<T*>(level.out);
-    const bool write = kGradient && g != nullptr;
-    if (write) g += base;
-    if (kOutput == Output::kGradient && !write) continue;
+    T* g = kOutput == Output::kLoss || level.out == nullptr ? nullptr : static_cast<T*>(level.out) + base;
+    if (kOutput == Output::kGradient && g == nullptr) continue;
     const int16_t* codes = static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
-    const double scale = scale_of<float>(call, tile.level, tile.image);
 
-    PlainThread<T, Formula, kOutput> thread;
-    thread.formula = Formula(float(call.gamma), 0.0f);
-    thread.negative = float(call.negative_weight * scale);
-    thread.positive = float(call.positive_weight * scale);
-    // Storage that starts off the 16-byte grid is read logit by logit, in the same order.
+    thread.begin(float(call.negative_weight * work.scale), float(call.positive_weight * work.scale));
     const bool aligned = ((reinterpret_cast<uintptr_t>(level.logits) | reinterpret_cast<uintptr_t>(level.out)) & 15) == 0;
-
-#pragma unroll 2
-    for (int step = 0; step < kPerThread; ++step) {
-      const int64_t at = tile.aligned + (int64_t(step) * kThreads + threadIdx.x) * kCount;
-      if (aligned && at >= tile.begin && at + kCount <= tile.end) {
-        float v[kCount];
-        load_vector(x + at, v);
-        thread.vector(v, special_logits<kCount>(codes, map, uint32_t(at - tile.begin)));
-        if (write) store_vector(g + at, v);
-      } else {
-#pragma unroll 1
-        for (int i = 0; i < kCount; ++i) {
-          const int64_t j = at + i;
-          if (j < tile.begin || j >= tile.end) continue;
-          const Place place = map.at(uint32_t(j - tile.begin));
-          const int code = codes[place.anchor];
-          const float slope = thread.one(to_float(x[j]), code == place.k, code == kIgnored);
-          if (write) g[j] = from_float<T>(slope);
-        }
-      }
+    const bool writes = kOutput == Output::kLoss || g != nullptr;
+    const bool whole = writes && aligned && tile.begin == tile.aligned && tile.end - tile.begin == kTileLogits;
+    if (whole && AnchorLook<kCount>::serves(work.map)) {
+      thread.whole_tile(x + tile.begin, g + tile.begin, AnchorLook<kCount>(codes, work.map));
+    } else if (whole && PlaneLook<kCount>::serves(codes, work.map)) {
+      thread.whole_tile(x + tile.begin, g + tile.begin, PlaneLook<kCount>(codes, work.map));
+    } else {
+      thread.ragged_tile(x, g, tile, aligned, AnyLook<kCount>(codes, work.map));
     }
     if constexpr (kOutput != Output::kGradient) {
-      const double sum =
-          block_sum(weigh(thread.negatives, call.negative_weight) + weigh(thread.positives, call.positive_weight));
-      if (threadIdx.x == 0) call.partial[index] = weigh(sum, scale);
+      const double sum = block_sum(weigh(double(thread.negatives[0]) + double(thread.negatives[1]), call.negative_weight) +
+                                   weigh(thread.positives, call.positive_weight));
+      if (threadIdx.x == 0) call.partial[index] = weigh(sum, work.scale);
     }
   }
 }

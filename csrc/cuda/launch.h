@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../call.h"
 #include "context.h"
 
 namespace fastfocal::cuda {
@@ -43,6 +44,26 @@ void launch(void (*kernel)(P...), int64_t blocks, const Context& context, A... a
 // The share of `items` that a block of a persistent grid takes: contiguous and balanced.
 __device__ __forceinline__ int64_t first_item(int64_t items, unsigned block) {
   return items / gridDim.x * block + (items % gridDim.x) * block / gridDim.x;
+}
+
+// What the threads of a block share of a tile. One of them finds it out: it takes divisions.
+struct TileWork {
+  Tile tile;
+  TileMap map;
+  double scale;
+};
+
+template <class S>
+__device__ __forceinline__ const TileWork& begin_tile(const Call& call, int64_t index) {
+  __shared__ TileWork work;
+  __syncthreads();  // the last tile is done
+  if (threadIdx.x == 0) {
+    work.tile = tile_at(call.levels, index);
+    work.map = TileMap(call.levels, work.tile);
+    work.scale = scale_of<S>(call, work.tile.level, work.tile.image);
+  }
+  __syncthreads();
+  return work;
 }
 
 // Sum over the block, in an order fixed by the thread numbers; thread 0 has it.
