@@ -302,8 +302,10 @@ WHOLE_TILES = {
     "planes_of_9000": Size(1, 1, 2, ((90, 100),)),  # more than a tile
     "planes_of_2100": Size(1, 2, 6, ((35, 60),)),  # a tile has several; the last goes on to the next anchor
     "planes_of_4900": Size(2, 1, 4, ((70, 70),)),  # vectors of 8 codes, not of 4, go over the end
+    "planes_of_4900_twice": Size(1, 2, 4, ((70, 70),)),  # and beyond that end lie another anchor's codes
     "planes_of_4425": Size(1, 1, 4, ((59, 75),)),  # of no whole vectors
-    "planes_of_70000": Size(1, 1, 1, ((250, 280),)),  # one class, and too large to be divided by
+    "planes_of_70000": Size(1, 1, 1, ((250, 280),)),  # one class, which is a single plane of each image
+    "large_planes": Size(1, 1, 2, ((250, 280),)),  # too large for division by a multiplication
 }
 
 
@@ -315,6 +317,8 @@ def test_whole_tiles(backend: Backend, name: str, layout: str, dtype: torch.dtyp
     size = WHOLE_TILES[name]
     levels = draw_levels(size, generator, dtype=dtype, layout=layout)
     drawn = draw_classes(size, generator, positive=0.03, ignored=0.02)
+    for classes in drawn:  # what a vector that goes on at a plane's start must find, and not beyond the plane's end
+        classes[:, : 4 * size.anchors : size.anchors] = IGNORED
     levels = [with_odd_logits_where_ignored(x, y, size) for x, y in zip(levels, drawn, strict=True)]
     labels = encode(drawn, size.classes)
     levels, labels = move(levels, backend.device), move(labels, backend.device)

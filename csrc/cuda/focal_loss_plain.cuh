@@ -76,10 +76,10 @@ template <int kCount>
 struct AnchorLook {
   const int16_t* codes;  // from the tile's first anchor on
   uint32_t k;            // class of the tile's first logit
-  Divisor classes;
+  Divisor classes;       // by a multiplication: there are fewer than 2^15, as codes are 16-bit
 
   static __device__ bool serves(const TileMap& map) {
-    return map.layout == Layout::kClassLast && map.classes.magic != 0 && map.classes.divisor >= uint32_t(kCount);
+    return map.layout == Layout::kClassLast && map.classes.divisor >= uint32_t(kCount);
   }
   __device__ AnchorLook(const int16_t* codes_, const TileMap& map)
       : codes(codes_ + map.anchor), k(map.k), classes(map.classes) {}
@@ -100,7 +100,7 @@ struct AnchorLook {
   // Logits [begin, end) of the vector are the classes from `first` on of an anchor with this code.
   static __device__ __forceinline__ void mark(int code, uint32_t first, uint32_t begin, uint32_t end, Special* found) {
     const uint32_t at = uint32_t(code) - first + begin;
-    if (code >= 0 && uint32_t(code) >= first && at < end) found->positive |= 1u << at;
+    if (code >= 0 && at < end) found->positive |= 1u << at;  // a code below `first` wraps beyond `end`
     if (code == kIgnored) found->ignored |= (1u << end) - (1u << begin);
   }
 };
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
     thread.begin(float(call.negative_weight * work.scale), float(call.positive_weight * work.scale));
     const bool aligned = ((reinterpret_cast<uintptr_t>(level.logits) | reinterpret_cast<uintptr_t>(level.out)) & 15) == 0;
     const bool writes = kOutput == Output::kLoss || g != nullptr;
-    const bool whole = writes && aligned && tile.begin == tile.aligned && tile.end - tile.begin == kTileLogits;
+    const bool whole = writes && aligned && tile.end - tile.begin == kTileLogits;
     if (whole && AnchorLook<kCount>::serves(work.map)) {
       thread.whole_tile(x + tile.begin, g + tile.begin, AnchorLook<kCount>(codes, work.map));
     } else if (whole && PlaneLook<kCount>::serves(codes, work.map)) {
