@@ -21,7 +21,7 @@
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
 constexpr int kLanes = 16;
 

@@ -20,7 +20,7 @@ AVX512_FLAGS = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", 
 EMULATED_FLAGS = (
     "-O0",  # sixteen loops a statement take long to optimize
     f"-I{HERE / 'include'}",
-    *("-D__AVX512F__", "-D__AVX512DQ__", "-D__FMA__"),
+    *("-D__AVX512F__", "-D__AVX512DQ__", "-D__AVX512BW__", "-D__AVX512VL__", "-D__FMA__"),
     "-ffp-contract=off",  # a processor with fused multiply-adds of its own would put them where no intrinsic asks for one
 )
 

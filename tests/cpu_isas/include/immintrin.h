@@ -123,10 +123,12 @@ inline __m512 _mm512_rcp14_ps(__m512 a) {
   });
 }
 
-enum FastfocalComparison { _CMP_UNORD_Q = 3, _CMP_LT_OQ = 17 };
+enum FastfocalComparison { _CMP_UNORD_Q = 3, _CMP_LT_OQ = 17, _CMP_NLT_UQ = 21 };
 inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, FastfocalComparison how) {
-  return fastfocal_stand_in::mask(
-      [&](int i) { return how == _CMP_LT_OQ ? a.lane[i] < b.lane[i] : std::isnan(a.lane[i]) || std::isnan(b.lane[i]); });
+  return fastfocal_stand_in::mask([&](int i) {
+    if (how == _CMP_UNORD_Q) return std::isnan(a.lane[i]) || std::isnan(b.lane[i]);
+    return (a.lane[i] < b.lane[i]) == (how == _CMP_LT_OQ);
+  });
 }
 // b where the mask is set
 inline __m512 _mm512_mask_blend_ps(__mmask16 k, __m512 a, __m512 b) {
@@ -134,6 +136,14 @@ inline __m512 _mm512_mask_blend_ps(__mmask16 k, __m512 a, __m512 b) {
 }
 inline __m512 _mm512_maskz_mov_ps(__mmask16 k, __m512 a) {
   return fastfocal_stand_in::each<__m512>([&](int i) { return fastfocal_stand_in::in(k, i) ? a.lane[i] : 0.0f; });
+}
+inline __m512 _mm512_mask_add_ps(__m512 other, __mmask16 k, __m512 a, __m512 b) {
+  return fastfocal_stand_in::each<__m512>(
+      [&](int i) { return fastfocal_stand_in::in(k, i) ? a.lane[i] + b.lane[i] : other.lane[i]; });
+}
+inline __m512 _mm512_maskz_mul_ps(__mmask16 k, __m512 a, __m512 b) {
+  return fastfocal_stand_in::each<__m512>(
+      [&](int i) { return fastfocal_stand_in::in(k, i) ? a.lane[i] * b.lane[i] : 0.0f; });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -149,6 +159,17 @@ inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
   return fastfocal_stand_in::each<__m512i>([&](int i) { return int32_t(uint32_t(a.lane[i]) - uint32_t(b.lane[i])); });
+}
+inline __m512i _mm512_setr_epi32(int32_t a0, int32_t a1, int32_t a2, int32_t a3, int32_t a4, int32_t a5, int32_t a6,
+                                 int32_t a7, int32_t a8, int32_t a9, int32_t a10, int32_t a11, int32_t a12, int32_t a13,
+                                 int32_t a14, int32_t a15) {
+  return {{a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15}};
+}
+inline void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, sizeof(a)); }
+inline __m512i _mm512_mask_add_epi32(__m512i other, __mmask16 k, __m512i a, __m512i b) {
+  const __m512i sum = _mm512_add_epi32(a, b);
+  return fastfocal_stand_in::each<__m512i>(
+      [&](int i) { return fastfocal_stand_in::in(k, i) ? sum.lane[i] : other.lane[i]; });
 }
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
   return fastfocal_stand_in::each<__m512i>([&](int i) { return a.lane[i] & b.lane[i]; });
@@ -192,14 +213,22 @@ inline void _mm256_storeu_si256(__m256i* p, __m256i a) { std::memcpy(static_cast
 inline __m256i _mm256_set1_epi16(int16_t a) {
   return fastfocal_stand_in::each<__m256i>([&](int) { return a; });
 }
-inline __m256i _mm256_or_si256(__m256i a, __m256i b) {
-  return fastfocal_stand_in::each<__m256i>([&](int i) { return int16_t(a.lane[i] | b.lane[i]); });
-}
 inline __m256i _mm256_cmpeq_epi16(__m256i a, __m256i b) {
   return fastfocal_stand_in::each<__m256i>([&](int i) { return int16_t(a.lane[i] == b.lane[i] ? -1 : 0); });
 }
-inline __m512i _mm512_cvtepi16_epi32(__m256i a) {
-  return fastfocal_stand_in::each<__m512i>([&](int i) { return int32_t(a.lane[i]); });
+inline __mmask16 _mm256_cmpeq_epi16_mask(__m256i a, __m256i b) {
+  return fastfocal_stand_in::mask([&](int i) { return a.lane[i] == b.lane[i]; });
+}
+// Sixteen bits of a and b, 64 of them in all, for each sixteen bits of `which`, of which the lowest six count.
+inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i which, __m512i b) {
+  uint16_t from[64], index[32], out[32];
+  std::memcpy(from, &a, sizeof(a));
+  std::memcpy(from + 32, &b, sizeof(b));
+  std::memcpy(index, &which, sizeof(which));
+  for (int i = 0; i < 32; ++i) out[i] = from[index[i] & 63];
+  __m512i y;
+  std::memcpy(&y, out, sizeof(y));
+  return y;
 }
 inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
   return fastfocal_stand_in::each<__m512i>([&](int i) { return int32_t(uint16_t(a.lane[i])); });
