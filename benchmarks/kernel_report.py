@@ -169,6 +169,8 @@ def blocks_of(lines: Iterable[str]) -> dict[str, Block]:
             falls_through = True
         if op == "NOP":
             continue
+        if op.startswith("CALL") and "`(.L_" in operands:  # sm_80 leaves some loops in this way: a jump, no function
+            op = "BRA.CALL"
         current.instructions.append(op)
         if op.startswith("BRA"):
             target = re.search(r"`\((\.L_\w+)\)", operands)
