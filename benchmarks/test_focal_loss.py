@@ -96,7 +96,8 @@ def inputs_of(case: Case, device: torch.device) -> list[Inputs]:
 def fits(row: Row, case: Case, device: torch.device) -> bool:
     """Whether inputs, float64 answer and the call's own memory do."""
     size = case.dtype.itemsize
-    needed = case.pyramid.logits * (2 * size + 16 + row.memory * (size / 4 if row.memory <= 4 else 1))
+    answer_bytes = 4 if size == 2 else 8
+    needed = case.pyramid.logits * (2 * size + answer_bytes + row.memory * (size / 4 if row.memory <= 4 else 1))
     return needed < 0.8 * available_bytes(device)
 
 

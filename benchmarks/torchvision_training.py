@@ -1,0 +1,171 @@
+"""A training run of torchvision's RetinaNet, stock and accelerated, from one seed: curve, time and memory of a step.
+
+    pip install ".[demo]" torchvision
+    python -m benchmarks.torchvision_training --out benchmarks/results
+
+The data are the digit scenes of `python -m fastfocal`, enlarged; the head has COCO's 91 classes. Both models see the same
+batches, one step in turn, so that a machine that slows down slows both. The time is that of a whole step: transforms,
+forward, losses, backward, optimizer. The memory is the most that a step holds beyond what was there before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import trange
+
+import fastfocal
+from benchmarks.memory import MIB, fix_allocator, peak_extra_bytes
+from fastfocal.demo.scenes import SceneMaker
+
+CLASSES = 91
+
+
+def batch(
+    maker: SceneMaker, first: int, count: int, device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    scenes = [maker(first + i) for i in range(count)]
+    images = [torch.from_numpy(s.image).permute(2, 0, 1).to(device, torch.float32) / 255 for s in scenes]
+    targets = [
+        {"boxes": torch.from_numpy(s.boxes).to(device), "labels": torch.from_numpy(s.labels).to(device)} for s in scenes
+    ]
+    return images, targets
+
+
+class Trainer:
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
+        self.curve: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+        device = images[0].device
+        started = time.perf_counter()
+        self.optimizer.zero_grad()
+        losses = self.model(images, targets)
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        self.optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - started)
+        self.curve.append(losses["classification"].item())
+
+
+def describe(device: torch.device) -> str:
+    import torchvision
+
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
+    return (
+        f"{where} · torch {torch.__version__}, torchvision {torchvision.__version__}, fastfocal {fastfocal.__version__}"
+    )
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name} ({fastfocal.build_info()['cpu_capability']})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.torchvision_training", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--size", type=int, default=512, help="pixels of an image's side")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rate", type=float, default=0.005)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for torchvision_training.md and .png")
+    arguments = parser.parse_args()
+
+    from torchvision.models.detection import retinanet_resnet50_fpn_v2
+
+    from fastfocal.compat.torchvision import accelerate
+
+    fix_allocator(64 * MIB)  # large blocks are mapped anew, for both alike
+    device = torch.device(arguments.device)
+    torch.manual_seed(arguments.seed)
+    size = arguments.size
+    model = retinanet_resnet50_fpn_v2(
+        weights=None, weights_backbone=None, num_classes=CLASSES, min_size=size, max_size=size
+    ).to(device)
+    trainers = {"stock": Trainer(model, arguments.rate)}
+    trainers["accelerated"] = Trainer(accelerate(copy.deepcopy(model)), arguments.rate)
+
+    maker = SceneMaker(arguments.seed)
+    for index in trange(arguments.steps):
+        data = batch(maker, index * arguments.batch, arguments.batch, device)
+        in_turn = list(trainers.values())
+        for trainer in in_turn if index % 2 == 0 else reversed(in_turn):
+            trainer.step(*data)
+    memory: dict[str, list[int]] = {name: [] for name in trainers}
+    for _ in range(3):
+        for name, trainer in trainers.items():
+            used = peak_extra_bytes(lambda trainer=trainer: trainer.step(*data), device)
+            memory[name] += [] if used is None else [used]
+
+    curves = {name: trainer.curve[: arguments.steps] for name, trainer in trainers.items()}
+    difference = max(abs(a - b) / abs(a) for a, b in zip(*curves.values(), strict=True))
+    lines = [
+        "# torchvision's RetinaNet, stock and accelerated",
+        "",
+        f"{describe(device)}",
+        "",
+        f"`python -m benchmarks.torchvision_training --steps {arguments.steps} --size {size} --batch {arguments.batch} "
+        f"--rate {arguments.rate} --seed {arguments.seed}`: retinanet_resnet50_fpn_v2 from scratch, {CLASSES} classes, "
+        f"{arguments.batch} images of {size}x{size}. Load average at the end: {os.getloadavg()[0]:.1f}.",
+        "",
+        "| | time of a step (median; least) | peak extra memory of a step | classification loss, first and last step |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, trainer in trainers.items():
+        seconds = trainer.seconds[1 : arguments.steps]  # the first allocates and compiles
+        used = f"{statistics.median(memory[name]) / MIB:.0f} MiB" if memory[name] else "not measured"
+        lines.append(
+            f"| {name} | {statistics.median(seconds):.3f} s; {min(seconds):.3f} s | {used} | "
+            f"{curves[name][0]:.4f}, {curves[name][-1]:.4f} |"
+        )
+    pairs = zip(*(t.seconds[1 : arguments.steps] for t in trainers.values()), strict=True)
+    saved = statistics.median(a - b for a, b in pairs)
+    lines += [
+        "",
+        f"Saved a step, median of the pairs: {saved:.3f} s. Largest relative difference of the two curves: {difference:.1e}.",
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "torchvision_training.md").write_text(text + "\n![curves](torchvision_training.png)\n")
+        draw(curves, arguments.out / "torchvision_training.png")
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, curve), style in zip(curves.items(), ("-", "--"), strict=True):
+        axes.plot(range(1, len(curve) + 1), curve, style, label=name, linewidth=2)
+    axes.set(xlabel="step", ylabel="classification loss", title="torchvision's RetinaNet, one seed", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
