@@ -1,0 +1,149 @@
+"""torchvision's RetinaNet and FCOS with their classification loss computed by fastfocal.
+
+    from fastfocal.compat.torchvision import accelerate
+    model = accelerate(torchvision.models.detection.retinanet_resnet50_fpn_v2(...))
+
+In training the classification head hands over the raw convolution outputs of every level, and one call computes loss and
+gradient; torchvision permutes and concatenates all levels, makes a dense target for every image, and loops over the images.
+Loss dict, state_dict and evaluation stay as they are. `restore` undoes it.
+
+Equivalent to torchvision.models.detection.retinanet.RetinaNetClassificationHead (alpha 0.25, gamma 2, each image by its own
+number of positives, anchors between the thresholds ignored) and .fcos.FCOSHead (all images by their number of positives).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torchvision.models.detection import fcos, retinanet
+
+import fastfocal
+from fastfocal.compat.matches import labels_of_matches
+
+Model = TypeVar("Model", bound=nn.Module)
+HeadOutputs = dict[str, Any]
+
+
+def _raw_outputs(head: Any, features: list[Tensor]) -> list[Tensor]:
+    """What the classification heads' last convolution gives, (N, A*K, H, W) a level, neither permuted nor concatenated."""
+    return [head.cls_logits(head.conv(x)) for x in features]
+
+
+class FastRetinaNetClassificationHead(retinanet.RetinaNetClassificationHead):  # type: ignore[misc]
+    """RetinaNet's classification head; in training `forward` returns a list of raw outputs, one a level."""
+
+    def forward(self, x: list[Tensor]) -> Any:
+        return _raw_outputs(self, x) if self.training else super().forward(x)
+
+    def compute_loss(
+        self, targets: list[dict[str, Tensor]], head_outputs: HeadOutputs, matched_idxs: list[Tensor]
+    ) -> Tensor:
+        logits = head_outputs["cls_logits"]
+        if isinstance(logits, Tensor):  # made in evaluation mode, by a frozen head
+            return super().compute_loss(targets, head_outputs, matched_idxs)
+        labels = labels_of_matches(
+            matched_idxs, [t["labels"] for t in targets], self.num_classes, ignored=self.BETWEEN_THRESHOLDS
+        )
+        loss = fastfocal.focal_loss(logits, labels, num_classes=self.num_classes, normalizer="positives_per_image")
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+class FastFCOSClassificationHead(fcos.FCOSClassificationHead):  # type: ignore[misc]
+    """FCOS's classification head; in training `forward` returns a list of raw outputs, one a level."""
+
+    def forward(self, x: list[Tensor]) -> Any:
+        return _raw_outputs(self, x) if self.training else super().forward(x)
+
+
+class FastFCOSHead(fcos.FCOSHead):  # type: ignore[misc]
+    """FCOS's head: the classification loss by fastfocal, those of boxes and center-ness by torchvision."""
+
+    def compute_loss(
+        self,
+        targets: list[dict[str, Tensor]],
+        head_outputs: HeadOutputs,
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+    ) -> dict[str, Tensor]:
+        logits = head_outputs["cls_logits"]
+        if isinstance(logits, Tensor):
+            return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        num_classes = self.classification_head.num_classes
+        labels = labels_of_matches(matched_idxs, [t["labels"] for t in targets], num_classes)
+        # torchvision computes all three losses in one method: it gets a single class that costs next to nothing.
+        one_class = head_outputs["bbox_ctrness"].new_zeros(()).expand(*labels.shape, 1)
+        of_class_0 = [{**t, "labels": t["labels"].new_zeros(t["labels"].shape)} for t in targets]
+        losses = super().compute_loss(of_class_0, {**head_outputs, "cls_logits": one_class}, anchors, matched_idxs)
+        loss = fastfocal.focal_loss(logits, labels, num_classes=num_classes)
+        assert isinstance(loss, Tensor)
+        return {**losses, "classification": loss}
+
+
+_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
+    retinanet.RetinaNetClassificationHead: FastRetinaNetClassificationHead,
+    fcos.FCOSClassificationHead: FastFCOSClassificationHead,
+    fcos.FCOSHead: FastFCOSHead,
+}
+
+
+def accelerate(model: Model) -> Model:
+    """Makes fastfocal compute the classification loss of every RetinaNet and FCOS inside `model`.
+
+    The heads change their class, and nothing else: parameters, hooks and state_dict stay. Models wrapped for distributed
+    training or compiled are found too; call it before compiling all the same, so that the faster head is what is compiled.
+
+    Args:
+        model: contains a torchvision RetinaNet or FCOS, whose heads are torchvision's own.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: no head of torchvision's RetinaNet or FCOS is in it, or one is that was subclassed.
+    """
+    heads = [m for m in model.modules() if isinstance(m, tuple(_ACCELERATED))]
+    if not heads:
+        raise ValueError(
+            f"model: expected one with torchvision's RetinaNetClassificationHead or FCOSHead, found none in a "
+            f"{type(model).__name__}"
+        )
+    for head in heads:
+        if type(head) not in (*_ACCELERATED, *_ACCELERATED.values()):
+            raise ValueError(f"model: expected torchvision's own heads, found the subclass {type(head).__name__}")
+    for head in heads:
+        head.__class__ = _ACCELERATED.get(type(head), type(head))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`. A model that was not accelerated stays as it is.
+
+    Args:
+        model: as `accelerate` takes.
+
+    Returns:
+        The same model.
+    """
+    originals = {fast: original for original, fast in _ACCELERATED.items()}
+    for module in model.modules():
+        module.__class__ = originals.get(type(module), type(module))
+    return model
+
+
+@contextmanager
+def fused_function() -> Iterator[None]:
+    """Swaps `sigmoid_focal_loss` alone in torchvision's RetinaNet and FCOS, for as long as the context lasts.
+
+    For heads that `accelerate` does not take: the loss is computed in one pass over what torchvision permuted and
+    concatenated. It holds for every model of the process.
+    """
+    stock = retinanet.sigmoid_focal_loss, fcos.sigmoid_focal_loss
+    retinanet.sigmoid_focal_loss = fcos.sigmoid_focal_loss = fastfocal.sigmoid_focal_loss
+    try:
+        yield
+    finally:
+        retinanet.sigmoid_focal_loss, fcos.sigmoid_focal_loss = stock

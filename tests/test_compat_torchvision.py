@@ -1,0 +1,343 @@
+"""fastfocal.compat.torchvision against the real torchvision: losses, every parameter's gradient, detections."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("torchvision", exc_type=Exception)  # it does not load beside a CPU build of torch
+
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+
+from fastfocal.compat import torchvision as compat
+
+CLASSES = 7
+
+
+class Backbone(nn.Module):
+    """Three levels, of an odd size each for the images below."""
+
+    out_channels = 32  # FCOS normalizes in 32 groups
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, stride=8, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(32, 32, 3, stride=2, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        levels = [torch.relu(self.stem(x))]
+        for conv in self.down:
+            levels.append(torch.relu(conv(levels[-1])))
+        return OrderedDict((str(i), level) for i, level in enumerate(levels))
+
+
+SIZE = {"min_size": 88, "max_size": 120}
+
+
+def tiny_retinanet() -> nn.Module:
+    sizes = tuple((s, int(s * 1.26), int(s * 1.59)) for s in (16, 32, 64))
+    generator = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 3)
+    return detection.RetinaNet(Backbone(), CLASSES, anchor_generator=generator, **SIZE)
+
+
+def tiny_fcos() -> nn.Module:
+    generator = AnchorGenerator(((8,), (16,), (32,)), ((1.0,),) * 3)
+    return detection.FCOS(Backbone(), CLASSES, anchor_generator=generator, **SIZE)
+
+
+def factory(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES, **SIZE)
+
+
+TINY = {"retinanet": tiny_retinanet, "fcos": tiny_fcos}
+REAL = {n: factory(n) for n in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")}
+
+
+@pytest.fixture(params=TINY)
+def tiny(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return TINY[request.param]()
+
+
+def images(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.rand(3, h, w, generator=generator).to(dtype) for h, w in ((88, 120), (120, 88), (96, 96))]
+
+
+def targets(dtype: torch.dtype = torch.float32) -> list[dict[str, Tensor]]:
+    """The second image has no objects; the first two objects share a place, and class 0 is used as any other."""
+    boxes = [
+        [[10, 10, 40, 44], [12, 10, 41, 43], [50, 20, 110, 80]],
+        [],
+        [[5, 40, 25, 56]],
+    ]
+    labels = [[0, 6, 3], [], [6]]
+    return [
+        {"boxes": torch.tensor(b, dtype=dtype).reshape(-1, 4), "labels": torch.tensor(k, dtype=torch.int64)}
+        for b, k in zip(boxes, labels, strict=True)
+    ]
+
+
+def step(model: nn.Module, dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses, and the gradient of every parameter."""
+    model.to(dtype).train()
+    model.zero_grad()
+    losses = model(images(dtype), targets(dtype))
+    torch.stack(list(losses.values())).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+def assert_same(
+    ours: tuple[dict[str, Tensor], dict[str, Tensor]], theirs: tuple[dict[str, Tensor], dict[str, Tensor]], rtol: float
+) -> None:
+    """Each loss, and each parameter's gradient against its own largest element.
+
+    A bias in front of FCOS's group norm has gradient 0, but for rounding: below 1e-3 of `rtol` times the largest
+    gradient of all, nothing is compared.
+    """
+    for mine, stock in zip(ours, theirs, strict=True):
+        assert list(mine) == list(stock)
+        largest = max((t.abs().max().item() for t in stock.values()), default=0.0)
+        for name in stock:
+            error = (mine[name].double() - stock[name].double()).abs().max().item()
+            assert error <= rtol * (stock[name].abs().max().item() + 1e-3 * largest), name
+
+
+@pytest.fixture
+def watched_matches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the adapter was told the anchors are matched to."""
+    seen: list[Tensor] = []
+    real = compat.labels_of_matches
+
+    def watch(matches: Any, *rest: Any, **options: Any) -> Tensor:
+        seen.extend(matches)
+        return real(matches, *rest, **options)
+
+    monkeypatch.setattr(compat, "labels_of_matches", watch)
+    return seen
+
+
+# --- same numbers -----------------------------------------------------------------------------------------------------
+
+# float64: the softmax-free formulas agree to some 1e-15; torchvision's own 1 - p_t loses two digits at its prior of 0.01.
+DOUBLE = 1e-10
+
+
+def test_same_losses_and_gradients_in_float64(tiny: nn.Module, watched_matches: list[Tensor]) -> None:
+    stock = step(tiny, torch.float64)
+    ours = step(compat.accelerate(tiny), torch.float64)
+    assert_same(ours, stock, DOUBLE)
+    matches = torch.stack(watched_matches)
+    assert (matches[1] == -1).all() and (matches[0] >= 0).any()
+    if isinstance(tiny, detection.RetinaNet):
+        assert (matches == -2).any()  # some anchors lie between the thresholds
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_same_losses_and_gradients_of_the_real_models(name: str) -> None:
+    torch.manual_seed(0)
+    model = REAL[name]()
+    stock = step(model, torch.float64)
+    assert_same(step(compat.accelerate(model), torch.float64), stock, DOUBLE)
+
+
+def test_as_close_in_float32_as_torchvision_is(tiny: nn.Module) -> None:
+    """Against float64, the fused loss is at most as far off as torchvision's own float32 computation, or 1e-6."""
+    double = copy.deepcopy(tiny)
+    exact = step(double, torch.float64)
+    stock = step(tiny)
+    ours = step(compat.accelerate(tiny))
+    for mine, theirs, true in zip(ours, stock, exact, strict=True):
+        for name, value in true.items():
+            scale = max(value.abs().max(), 1e-6 * max(t.abs().max() for t in exact[1].values()))
+            error, reference = ((t[name] - value).abs().max() / scale for t in (mine, theirs))
+            # Convolutions' own rounding, alike in both, leaves a few 1e-6; twice that for the luck of the rounding.
+            assert error <= 2 * reference + 1e-6, name
+
+
+def test_the_classification_loss_is_fused(tiny: nn.Module) -> None:
+    model = compat.accelerate(tiny).train()
+    loss = model(images(), targets())["classification"]
+    assert type(loss.grad_fn).__name__ == "FocalLossFunctionBackward"
+    assert len([f for f, _ in loss.grad_fn.next_functions if f is not None]) == 3  # the levels' convolutions
+
+
+def test_no_logits_are_concatenated_in_training(tiny: nn.Module) -> None:
+    model = compat.accelerate(tiny).train()
+    head = model.head.classification_head
+    raw = head([torch.zeros(1, 32, 5, 7), torch.zeros(1, 32, 3, 4)])
+    assert [t.shape[2:] for t in raw] == [(5, 7), (3, 4)]
+
+
+# --- same everything else ---------------------------------------------------------------------------------------------
+
+
+def test_bit_identical_detections(tiny: nn.Module) -> None:
+    tiny.score_thresh = 0.0
+    tiny.eval()
+    with torch.no_grad():
+        stock = tiny(images())
+        ours = compat.accelerate(tiny)(images())
+    assert sum(len(d["scores"]) for d in stock) > 0
+    for theirs, mine in zip(stock, ours, strict=True):
+        assert all(torch.equal(theirs[key], mine[key]) for key in theirs)
+
+
+def test_state_dict_is_unchanged(tiny: nn.Module) -> None:
+    before = {name: t.clone() for name, t in tiny.state_dict().items()}
+    after = compat.accelerate(tiny).state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    tiny.load_state_dict(before)
+    copied = copy.deepcopy(tiny)
+    assert type(copied.head.classification_head) is type(tiny.head.classification_head)
+
+
+def test_restore(tiny: nn.Module) -> None:
+    types = [type(m) for m in tiny.modules()]
+    stock = step(tiny)
+    assert [type(m) for m in compat.accelerate(tiny).modules()] != types
+    restored = compat.restore(tiny)
+    assert restored is tiny and [type(m) for m in tiny.modules()] == types
+    assert_same(step(tiny), stock, 0.0)
+    compat.restore(tiny)
+
+
+def test_accelerate_twice_is_accelerate_once(tiny: nn.Module) -> None:
+    once = step(compat.accelerate(tiny))
+    assert_same(step(compat.accelerate(tiny)), once, 0.0)
+
+
+def test_a_frozen_head_keeps_working(tiny: nn.Module) -> None:
+    """Its part of the model is in evaluation mode while the rest trains."""
+    stock = step(tiny)
+    compat.accelerate(tiny).train()
+    tiny.head.classification_head.eval()
+    losses = tiny(images(), targets())
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss.detach(), stock[0][name])
+
+
+def test_hooks_stay(tiny: nn.Module) -> None:
+    calls = []
+    tiny.head.classification_head.register_forward_hook(lambda *_: calls.append(1))
+    step(compat.accelerate(tiny))
+    assert calls == [1]
+
+
+def test_a_model_without_such_a_head() -> None:
+    with pytest.raises(ValueError, match=r"model: expected one with torchvision's .* found none in a Linear"):
+        compat.accelerate(nn.Linear(1, 1))
+
+
+def test_a_subclassed_head_is_left_alone(tiny: nn.Module) -> None:
+    head = tiny.head.classification_head
+    own = type("Own", (type(head),), {})
+    head.__class__ = own
+    types = [type(m) for m in tiny.modules()]
+    with pytest.raises(ValueError, match="found the subclass Own"):
+        compat.accelerate(tiny)
+    assert [type(m) for m in tiny.modules()] == types
+
+
+# --- the function alone -----------------------------------------------------------------------------------------------
+
+
+def test_function_swap(tiny: nn.Module) -> None:
+    from torchvision.models.detection import fcos, retinanet
+    from torchvision.ops import sigmoid_focal_loss
+
+    stock = step(tiny, torch.float64)
+    with compat.fused_function():
+        assert retinanet.sigmoid_focal_loss is not sigmoid_focal_loss
+        ours = step(tiny, torch.float64)
+    assert retinanet.sigmoid_focal_loss is fcos.sigmoid_focal_loss is sigmoid_focal_loss
+    assert_same(ours, stock, DOUBLE)
+
+
+def test_function_swap_is_undone_by_an_error() -> None:
+    from torchvision.models.detection import retinanet
+    from torchvision.ops import sigmoid_focal_loss
+
+    with pytest.raises(KeyError), compat.fused_function():
+        raise KeyError
+    assert retinanet.sigmoid_focal_loss is sigmoid_focal_loss
+
+
+# --- compiled and distributed -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Float32 sums in another order; FCOS's group norm cancels most of a gradient that is rounded before it.
+SINGLE = 1e-4
+
+
+@pytest.mark.parametrize("order", ["accelerate then compile", "compile then accelerate"])
+def test_compiled(tiny: nn.Module, order: str, fresh_dynamo: None) -> None:
+    stock = step(tiny)
+    if order.startswith("accelerate"):
+        compat.accelerate(tiny)
+    # The graphs are what is tested; inductor's kernels for the convolutions are not.
+    compiled = torch.compile(tiny, backend="aot_eager")
+    if order.startswith("compile"):
+        compat.accelerate(compiled)
+    losses, gradients = step(compiled)
+    assert_same((losses, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()}), stock, SINGLE)
+
+
+def rank_step(rank: int, port: int, name: str, results: Any) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = compat.accelerate(nn.parallel.DistributedDataParallel(TINY[name]()))
+    model.train()
+    losses = model(images()[rank : rank + 1], targets()[rank : rank + 1])
+    torch.stack(list(losses.values())).sum().backward()
+    if rank == 0:
+        results.put({n: p.grad.numpy() for n, p in model.module.named_parameters() if p.grad is not None})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", TINY)
+def test_distributed(name: str) -> None:
+    """Two processes, one image each (the second without objects): the mean of what stock models give for each alone."""
+    torch.manual_seed(0)
+    model = TINY[name]().train()
+    expected: dict[str, Tensor] = {}
+    for rank in range(2):
+        model.zero_grad()
+        losses = model(images()[rank : rank + 1], targets()[rank : rank + 1])
+        torch.stack(list(losses.values())).sum().backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                expected[n] = expected.get(n, 0) + p.grad / 2
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [context.Process(target=rank_step, args=(rank, port, name, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = {n: torch.from_numpy(g) for n, g in results.get().items()}
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert_same(({}, found), ({}, expected), SINGLE)
