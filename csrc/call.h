@@ -2,6 +2,7 @@
 // value.
 #pragma once
 
+#include "focal_math.h"
 #include "levels.h"
 
 namespace fastfocal {
@@ -16,6 +17,9 @@ enum class Output : int32_t {
   kGradient,         // the gradient alone
   kElementLoss,      // the loss of each logit into Level::out
 };
+
+// Which member of the family.
+enum class Family : int32_t { kFocalLoss = 0, kFocalLossStar = 1 };
 
 struct Call {
   Levels levels;
@@ -33,7 +37,8 @@ struct Call {
   const void* anchor_weight;  // as the codes; null: 1
   const void* class_alpha;    // [K]; null: the two numbers below
   double positive_weight, negative_weight;
-  double gamma, label_smoothing;
+  Family family;
+  Parameters parameters;
 
   const double* divisor;  // 1 or N of them; null: 1
   int64_t divisors;
@@ -81,7 +86,7 @@ FASTFOCAL_HD bool has_constant_weights(const Call& call) {
 
 // The common case has kernels of its own: labels, constant weights, no smoothing.
 FASTFOCAL_HD bool is_plain(const Call& call) {
-  return has_constant_weights(call) && !call.soft && !call.wide_codes && call.label_smoothing == 0 &&
+  return has_constant_weights(call) && !call.soft && !call.wide_codes && call.parameters.label_smoothing == 0 &&
          call.dtype != DType::kFloat64;
 }
 

@@ -316,6 +316,11 @@ FASTFOCAL_HD V weigh(V loss, W weight) {
   return select(V(0) - smallest_normal<V>() < minus_absolute(V(weight)), at_most(loss, V(kLarge)), loss) * V(weight);
 }
 
+// What a member of the family is told besides logits and targets.
+struct Parameters {
+  double gamma, label_smoothing, beta;
+};
+
 enum class Gamma { kTwo, kAny };
 
 // What a result is rounded to. For 16 bits a GPU's kernel saves instructions: off by at most 1e-5 before that one rounding,
@@ -323,8 +328,9 @@ enum class Gamma { kTwo, kAny };
 enum class Accuracy { kFloat, kSixteenBits };
 
 // The policy the kernels take: a member of the family gives a struct with negative(x), the same in the two steps
-// exponential(x) and negative(x, e), positive(x), soft(x, y) and the scalar type. Further members (star, quality, varifocal,
-// asymmetric) are further structs; the kernels stay as they are.
+// exponential(x) and negative(x, e), positive(x) and soft(x, y). Further members (quality, varifocal, asymmetric) are further
+// structs; the kernels stay as they are. A negative logit of -inf costs exactly 0 and has slope 0: kernels put it where nothing
+// is to be counted.
 template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy = Accuracy::kFloat>
 struct FocalLoss {
   S gamma;
@@ -333,10 +339,10 @@ struct FocalLoss {
 
   FocalLoss() = default;
   // In short_term() the multiple is one of a logarithm that may be infinite: 0 times that would be NaN.
-  FASTFOCAL_HD FocalLoss(S gamma_, S label_smoothing)
-      : gamma(gamma_),
-        multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(gamma_, S(1e-30)) : gamma_),
-        half_smoothing(label_smoothing / 2) {}
+  FASTFOCAL_HD explicit FocalLoss(const Parameters& parameters)
+      : gamma(S(parameters.gamma)),
+        multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(gamma, S(1e-30)) : gamma),
+        half_smoothing(S(parameters.label_smoothing) / 2) {}
 
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x) const {
@@ -446,6 +452,85 @@ struct FocalLoss {
       const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q);
       return {power * ce, slope};
     }
+  }
+};
+
+// Focal loss star, Lin et al. 2017, appendix B: FL*(x_t) = -log sigmoid(gamma x_t + beta) / gamma, x_t = x (2 y - 1), gamma > 0.
+// That is log(1 + e^z) / gamma with z = -(gamma x_t + beta), and its derivative by x is (1 - 2 y) sigmoid(z).
+template <class S, Accuracy kAccuracy = Accuracy::kFloat>
+struct FocalLossStar {
+  S gamma, beta;
+  S share;  // 1 / gamma
+
+  FocalLossStar() = default;
+  FASTFOCAL_HD explicit FocalLossStar(const Parameters& parameters)
+      : gamma(S(parameters.gamma)), beta(S(parameters.beta)), share(S(1 / parameters.gamma)) {}
+
+  template <class V>
+  FASTFOCAL_HD Term<V> negative(V x) const {
+    return negative(x, exponential(x));
+  }
+  template <class V>
+  FASTFOCAL_HD V exponential(V x) const {
+    const V z = of_negative(x);
+    return exponential(z, rest_of(V(gamma), x, z));
+  }
+  template <class V>
+  FASTFOCAL_HD Term<V> negative(V x, V e) const {
+    return term(of_negative(x), e);
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> positive(V x) const {
+    const Term<V> t = negative(V(S(0)) - x);
+    return {t.loss, V(S(0)) - t.slope};
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y) const {
+    const V zero = V(S(0)), one = V(S(1)), twice = y + y;
+    const V s = one - twice, s_rest = (one - s) - twice;
+    // s x, where 0 times infinity is 0 and NaN stays NaN
+    const V far = at_least(at_most(x, V(S(kLarge))), V(S(-kLarge)));
+    const V sx = select(minus_absolute(s) < zero - smallest_normal<V>(), s * x, s * far);
+    const V z = of_negative(sx);
+    const V rest = rest_of(V(gamma), sx, z);
+    const V more = V(gamma) * fused_multiply_add(far, s_rest, product_error(s, far, s * far));
+    const Term<V> t = term(z, exponential(z, select(is_far(z), zero, rest + more)));
+    return {t.loss, s * t.slope};
+  }
+
+ private:
+  template <class V>
+  FASTFOCAL_HD V of_negative(V x) const {
+    return fused_multiply_add(x, V(gamma), V(S(0) - beta));
+  }
+  template <class V>
+  FASTFOCAL_HD static auto is_far(V z) {
+    return minus_absolute(z) < V(S(-kLarge));
+  }
+
+  // gamma x - beta - z, by which z was rounded: times e^z it is a relative error that grows with |z|.
+  template <class V>
+  FASTFOCAL_HD V rest_of(V gamma_, V x, V z) const {
+    if constexpr (kAccuracy == Accuracy::kSixteenBits) return V(S(0));
+    const V product = z + V(beta);
+    const V rest = product_error(gamma_, x, product) + ((product - z) - V(beta));
+    return select(is_far(z), V(S(0)), rest);
+  }
+
+  // e^-|z|
+  template <class V>
+  FASTFOCAL_HD V exponential(V z, V rest) const {
+    if constexpr (kAccuracy == Accuracy::kSixteenBits) return exp_shortly(minus_absolute(z), 1.0f, 1.44269504f);
+    return exp_of_sum(minus_absolute(z), select(is_negative(z), rest, V(S(0)) - rest));
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> term(V z, V e) const {
+    const V r = reciprocal(V(S(1)) + e);
+    const V loss = add_log1p_unit(e, at_least(z, V(S(0))));
+    return {loss * V(share), select(is_negative(z), e * r, r)};
   }
 };
 

@@ -36,7 +36,7 @@ using Tensors = std::vector<Tensor>;
 #define FASTFOCAL_OPTIONS_SCHEMA                                                                             \
   "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_alpha, Tensor? divisor, "      \
   "float[] level_scales, float positive_weight, float negative_weight, float gamma, float label_smoothing, " \
-  "int num_classes, int reduction, int[] needs_grad"
+  "int family, float beta, int num_classes, int reduction, int[] needs_grad"
 
 inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
@@ -54,7 +54,9 @@ struct Options {
   Tensors soft_targets;
   std::optional<Tensor> anchor_weight, class_alpha, divisor;
   std::vector<double> level_scales;
-  double positive_weight, negative_weight, gamma, label_smoothing;
+  double positive_weight, negative_weight;
+  Family family;
+  Parameters parameters;
   int64_t num_classes;
   Reduction reduction;
   std::vector<int64_t> needs_grad;  // a flag a level; empty: no level
@@ -67,15 +69,16 @@ struct Options {
   }
 };
 
-#define FASTFOCAL_OPTIONS_PARAMETERS                                                                             \
-  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                        \
-      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,        \
-      double positive_weight, double negative_weight, double gamma, double label_smoothing, int64_t num_classes, \
-      int64_t reduction, std::vector<int64_t> needs_grad
+#define FASTFOCAL_OPTIONS_PARAMETERS                                                                                     \
+  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                                \
+      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,                \
+      double positive_weight, double negative_weight, double gamma, double label_smoothing, int64_t family, double beta, \
+      int64_t num_classes, int64_t reduction, std::vector<int64_t> needs_grad
 #define FASTFOCAL_OPTIONS                                                                                            \
   Options {                                                                                                          \
-    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight, gamma, \
-        label_smoothing, num_classes, static_cast<Reduction>(reduction), needs_grad                                  \
+    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight,        \
+        static_cast<Family>(family), {gamma, label_smoothing, beta}, num_classes, static_cast<Reduction>(reduction), \
+        needs_grad                                                                                                   \
   }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -451,8 +454,10 @@ struct Operators {
     call.class_alpha = o.class_alpha ? o.class_alpha->const_data_ptr() : nullptr;
     call.positive_weight = o.positive_weight;
     call.negative_weight = o.negative_weight;
-    call.gamma = o.gamma;
-    call.label_smoothing = o.label_smoothing;
+    STD_TORCH_CHECK(o.family == Family::kFocalLoss || o.family == Family::kFocalLossStar, "family: expected 0 or 1, got ",
+                    static_cast<int64_t>(o.family));
+    call.family = o.family;
+    call.parameters = o.parameters;
     call.divisor = o.divisor ? static_cast<const double*>(o.divisor->const_data_ptr()) : nullptr;
     call.divisors = o.divisor ? o.divisor->numel() : 0;
     if (!grad_outputs.empty() && !elementwise_incoming) {

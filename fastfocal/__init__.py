@@ -14,8 +14,16 @@ __path__ = _extend_path(__path__, __name__)
 __version__ = _version("fastfocal")
 
 from fastfocal import reference
-from fastfocal.functional import focal_loss, sigmoid_focal_loss
-from fastfocal.module import FastFocalLoss
+from fastfocal.functional import focal_loss, focal_loss_star, sigmoid_focal_loss
+from fastfocal.module import FastFocalLoss, FastFocalLossStar
 from fastfocal.ops import build_info
 
-__all__ = ["FastFocalLoss", "build_info", "focal_loss", "reference", "sigmoid_focal_loss"]
+__all__ = [
+    "FastFocalLoss",
+    "FastFocalLossStar",
+    "build_info",
+    "focal_loss",
+    "focal_loss_star",
+    "reference",
+    "sigmoid_focal_loss",
+]

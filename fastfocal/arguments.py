@@ -233,6 +233,20 @@ def check_numbers(gamma: float, label_smoothing: float, loss_weight: float) -> N
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    check_loss_weight(loss_weight)
+
+
+def check_star(gamma: float, beta: float) -> None:
+    for name, value in (("gamma", gamma), ("beta", beta)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma: expected a finite number > 0, by which focal loss star is divided, got {gamma}")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta: expected a finite number, got {beta}")
+
+
+def check_loss_weight(loss_weight: float) -> None:
     if not isinstance(loss_weight, (int, float)):
         raise TypeError(f"loss_weight: expected a number, got {type(loss_weight).__name__}")
     if not math.isfinite(loss_weight):

@@ -21,6 +21,8 @@ class Plan(NamedTuple):
     negative_weight: float
     gamma: float
     label_smoothing: float
+    family: int
+    beta: float
     num_classes: int
     reduction: int
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,10 +79,109 @@ def focal_loss(
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A
             label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
     """
+    arguments.check_numbers(gamma, label_smoothing, loss_weight)
+    return pyramid_loss(
+        Formula(ops.FOCAL_LOSS, gamma, label_smoothing),
+        logits,
+        targets,
+        num_classes=num_classes,
+        alpha=alpha,
+        background_index=background_index,
+        ignore_index=ignore_index,
+        weight=weight,
+        level_weights=level_weights,
+        normalizer=normalizer,
+        reduction=reduction,
+        grad_mode=grad_mode,
+        loss_weight=loss_weight,
+    )
+
+
+def focal_loss_star(
+    logits: Levels,
+    targets: Levels,
+    *,
+    num_classes: int | None = None,
+    alpha: float | Sequence[float] | Tensor | None = 0.25,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    background_index: int | None = None,
+    ignore_index: int = -1,
+    weight: Levels | None = None,
+    level_weights: Sequence[float] | None = None,
+    normalizer: str | float | Tensor | None = "positives",
+    reduction: str = "sum",
+    grad_mode: str = "auto",
+    loss_weight: float = 1.0,
+) -> Tensor | list[Tensor]:
+    r"""Focal loss star over every level of a feature pyramid, with its gradient, in one pass.
+
+    .. math:: FL^*(x_t) = -\alpha_t \log \sigma(\gamma x_t + \beta) / \gamma, \quad x_t = x (2 y - 1)
+
+    Lin et al., *Focal Loss for Dense Object Detection*, 2017 (arXiv:1708.02002), appendix B: a cross entropy that, like the
+    focal loss, gives well classified anchors little. ``beta=0, alpha=None`` is fvcore's ``sigmoid_focal_loss_star``;
+    ``gamma=2, beta=1`` is what kuangliu/pytorch-retinanet trains with.
+
+    Args:
+        gamma: slope of the logit, a finite number > 0.
+        beta: shift of the logit, a finite number.
+        logits, targets, num_classes, alpha, background_index, ignore_index, weight, level_weights, normalizer, reduction,
+            grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them. Soft targets: ``x_t`` as above, in between.
+
+    Returns:
+        As :func:`fastfocal.focal_loss`.
+
+    Raises:
+        ValueError, TypeError: as :func:`fastfocal.focal_loss`.
+    """
+    arguments.check_star(gamma, beta)
+    arguments.check_loss_weight(loss_weight)
+    return pyramid_loss(
+        Formula(ops.FOCAL_LOSS_STAR, gamma, beta=beta),
+        logits,
+        targets,
+        num_classes=num_classes,
+        alpha=alpha,
+        background_index=background_index,
+        ignore_index=ignore_index,
+        weight=weight,
+        level_weights=level_weights,
+        normalizer=normalizer,
+        reduction=reduction,
+        grad_mode=grad_mode,
+        loss_weight=loss_weight,
+    )
+
+
+class Formula(NamedTuple):
+    """Which member of the family, and its own parameters."""
+
+    family: int
+    gamma: float
+    label_smoothing: float = 0.0
+    beta: float = 0.0
+
+
+def pyramid_loss(
+    formula: Formula,
+    logits: Levels,
+    targets: Levels,
+    *,
+    num_classes: int | None,
+    alpha: float | Sequence[float] | Tensor | None,
+    background_index: int | None,
+    ignore_index: int,
+    weight: Levels | None,
+    level_weights: Sequence[float] | None,
+    normalizer: str | float | Tensor | None,
+    reduction: str,
+    grad_mode: str,
+    loss_weight: float,
+) -> Tensor | list[Tensor]:
+    """Everything that does not depend on the formula: arguments as :func:`fastfocal.focal_loss` takes them."""
     single = isinstance(logits, Tensor)
     soft = any(t.is_floating_point() for t in arguments.as_levels("targets", targets))
     levels, classes = arguments.check_logits(logits, num_classes, need_classes=not soft)
-    arguments.check_numbers(gamma, label_smoothing, loss_weight)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
     background = arguments.check_indices(background_index, ignore_index, classes)
@@ -110,8 +210,10 @@ def focal_loss(
         level_scales=scales,
         positive_weight=positive,
         negative_weight=negative,
-        gamma=float(gamma),
-        label_smoothing=float(label_smoothing),
+        gamma=float(formula.gamma),
+        label_smoothing=float(formula.label_smoothing),
+        family=formula.family,
+        beta=float(formula.beta),
         num_classes=classes,
         reduction={"level": ops.LEVEL, "image": ops.IMAGE, "none": ops.NONE}.get(reduction, ops.SUM),
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfocal import arguments
-from fastfocal.functional import Levels, focal_loss
+from fastfocal.functional import Levels, focal_loss, focal_loss_star
 
 
 class FastFocalLoss(nn.Module):
@@ -26,7 +27,7 @@ class FastFocalLoss(nn.Module):
         ema_momentum: running mean of the normalizer; not there yet.
 
     Raises:
-        ValueError, TypeError: as :func:`fastfocal.focal_loss`; what can be checked without tensors is checked here already.
+        ValueError, TypeError: as :func:`fastfocal.focal_loss`; what can be checked without tensors is checked here.
         NotImplementedError: sync_normalizer or ema_momentum is given.
     """
 
@@ -85,7 +86,7 @@ class FastFocalLoss(nn.Module):
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
         class_alpha = self.class_alpha
-        return focal_loss(
+        return self._loss(
             logits,
             targets,
             num_classes=self.num_classes,
@@ -95,12 +96,14 @@ class FastFocalLoss(nn.Module):
             ignore_index=self.ignore_index,
             weight=weight,
             level_weights=self.level_weights,
-            label_smoothing=self.label_smoothing,
             normalizer=self.normalizer if normalizer is None else normalizer,
             reduction=self.reduction,
             grad_mode=self.grad_mode,
             loss_weight=self.loss_weight,
         )
+
+    def _loss(self, logits: Levels, targets: Levels, **options: Any) -> Tensor | list[Tensor]:
+        return focal_loss(logits, targets, label_smoothing=self.label_smoothing, **options)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
         before = self.class_alpha
@@ -115,3 +118,57 @@ class FastFocalLoss(nn.Module):
             f"num_classes={self.num_classes}, alpha={alpha}, gamma={self.gamma}, normalizer={self.normalizer!r}, "
             f"reduction={self.reduction!r}, grad_mode={self.grad_mode!r}"
         )
+
+
+class FastFocalLossStar(FastFocalLoss):
+    """Focal loss star over every level of a feature pyramid; see :func:`fastfocal.focal_loss_star` for the arguments.
+
+    >>> criterion = FastFocalLossStar(num_classes=20, background_index=0)  # as kuangliu/pytorch-retinanet trains
+    >>> loss = criterion(cls_logits, labels)
+    >>> loss.backward()
+
+    Args:
+        num_classes: K, the foreground classes.
+        gamma, beta: slope and shift of the logit.
+        alpha, background_index, ignore_index, level_weights, normalizer, reduction, grad_mode, loss_weight: as
+            :func:`fastfocal.focal_loss` takes them.
+
+    Raises:
+        ValueError, TypeError: as :func:`fastfocal.focal_loss_star`; what can be checked without tensors is checked here.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        alpha: float | Sequence[float] | Tensor | None = 0.25,
+        gamma: float = 2.0,
+        beta: float = 1.0,
+        background_index: int | None = None,
+        ignore_index: int = -1,
+        level_weights: Sequence[float] | None = None,
+        normalizer: str | float | Tensor | None = "positives",
+        reduction: str = "sum",
+        grad_mode: str = "auto",
+        loss_weight: float = 1.0,
+    ) -> None:
+        arguments.check_star(gamma, beta)
+        super().__init__(
+            num_classes,
+            alpha=alpha,
+            gamma=gamma,
+            background_index=background_index,
+            ignore_index=ignore_index,
+            level_weights=level_weights,
+            normalizer=normalizer,
+            reduction=reduction,
+            grad_mode=grad_mode,
+            loss_weight=loss_weight,
+        )
+        self.beta = beta
+
+    def _loss(self, logits: Levels, targets: Levels, **options: Any) -> Tensor | list[Tensor]:
+        return focal_loss_star(logits, targets, beta=self.beta, **options)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, beta={self.beta}"

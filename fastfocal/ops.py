@@ -20,7 +20,8 @@ except ImportError as error:
 
 library: Any = torch.ops.fastfocal
 
-# Reduction and Count in csrc/.
+# Family, Reduction and Count in csrc/.
+FOCAL_LOSS, FOCAL_LOSS_STAR = range(2)
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS = range(4)
 

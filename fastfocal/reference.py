@@ -13,12 +13,13 @@ N images, K classes (no background channel), A anchors per cell, M = H*W*A ancho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FastFocalLoss", "focal_loss", "sigmoid_focal_loss"]
+__all__ = ["FastFocalLoss", "FastFocalLossStar", "focal_loss", "focal_loss_star", "sigmoid_focal_loss"]
 
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -78,10 +79,90 @@ def focal_loss(
     Returns:
         float32, or float64 for float64 logits; with "none" in the logits' dtype.
     """
+    if not gamma >= 0:  # so that NaN fails
+        raise ValueError(f"gamma: expected a number >= 0, got {gamma}")
+    return _pyramid_loss(
+        lambda x, y: _modulating_factor(x, y, gamma) * _cross_entropy(x, y, label_smoothing),
+        logits,
+        targets,
+        num_classes=num_classes,
+        alpha=alpha,
+        background_index=background_index,
+        ignore_index=ignore_index,
+        weight=weight,
+        level_weights=level_weights,
+        normalizer=normalizer,
+        reduction=reduction,
+        grad_mode=grad_mode,
+        loss_weight=loss_weight,
+    )
+
+
+def focal_loss_star(
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    *,
+    num_classes: int | None = None,
+    alpha: float | Sequence[float] | Tensor | None = 0.25,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    background_index: int | None = None,
+    ignore_index: int = -1,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    level_weights: Sequence[float] | Tensor | None = None,
+    normalizer: str | float | Tensor | None = "positives",
+    reduction: str = "sum",
+    grad_mode: str = "auto",
+    loss_weight: float = 1.0,
+) -> Tensor | list[Tensor]:
+    """Focal loss star of every level, added over levels: appendix B of the paper above.
+
+        FL*(x_t) = -alpha_t * log(sigmoid(gamma * x_t + beta)) / gamma        x_t = x * (2 * y - 1)
+
+    Args:
+        gamma, beta: slope, > 0, and shift of the logit.
+        The others, and what is returned: as for `focal_loss`.
+    """
+    if not gamma > 0:
+        raise ValueError(f"gamma: expected a number > 0, got {gamma}")
+    return _pyramid_loss(
+        lambda x, y: _star(x, y, gamma, beta),
+        logits,
+        targets,
+        num_classes=num_classes,
+        alpha=alpha,
+        background_index=background_index,
+        ignore_index=ignore_index,
+        weight=weight,
+        level_weights=level_weights,
+        normalizer=normalizer,
+        reduction=reduction,
+        grad_mode=grad_mode,
+        loss_weight=loss_weight,
+    )
+
+
+def _pyramid_loss(
+    term: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
+    *,
+    num_classes: int | None,
+    alpha: float | Sequence[float] | Tensor | None,
+    background_index: int | None,
+    ignore_index: int,
+    weight: Tensor | Sequence[Tensor] | None,
+    level_weights: Sequence[float] | Tensor | None,
+    normalizer: str | float | Tensor | None,
+    reduction: str,
+    grad_mode: str,
+    loss_weight: float,
+) -> Tensor | list[Tensor]:
+    """term(logits, dense targets), weighted, over all levels; arguments as above."""
     levels = [logits] if isinstance(logits, Tensor) else list(logits)
     target_list = [targets] if isinstance(targets, Tensor) else list(targets)
     _check_levels(levels)
-    _check_options(len(levels), gamma, level_weights, reduction, grad_mode)
+    _check_options(len(levels), level_weights, reduction, grad_mode)
     _check_no_grad(targets=targets, weight=weight, normalizer=normalizer, alpha=alpha)
     soft = any(target.is_floating_point() for target in target_list)
     num_classes = _resolve_num_classes(levels, num_classes, soft)
@@ -111,7 +192,7 @@ def focal_loss(
         ignore = ignore.unsqueeze(-1)
         # Before anything is computed: the derivative at a NaN is NaN, and stays so when masked afterwards.
         x = torch.where(ignore, 0.0, _flatten(level, num_classes).to(dtype))
-        loss = _elementwise_loss(x, y.to(dtype), alpha, gamma, label_smoothing)
+        loss = _alpha_t(y.to(dtype), alpha) * term(x, y.to(dtype))
         if weights is not None:
             loss = loss * weights[index].to(dtype).unsqueeze(-1)
         if level_weights is not None:
@@ -179,7 +260,7 @@ class FastFocalLoss(nn.Module):
         normalizer: str | float | Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """See `focal_loss`; `normalizer=None` is the constructor's."""
-        return focal_loss(
+        return self._loss(
             logits,
             targets,
             num_classes=self.num_classes,
@@ -189,12 +270,29 @@ class FastFocalLoss(nn.Module):
             ignore_index=self.ignore_index,
             weight=weight,
             level_weights=self.level_weights,
-            label_smoothing=self.label_smoothing,
             normalizer=self.normalizer if normalizer is None else normalizer,
             reduction=self.reduction,
             grad_mode=self.grad_mode,
             loss_weight=self.loss_weight,
         )
+
+    def _loss(
+        self, logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], **options: Any
+    ) -> Tensor | list[Tensor]:
+        return focal_loss(logits, targets, label_smoothing=self.label_smoothing, **options)
+
+
+class FastFocalLossStar(FastFocalLoss):
+    """`focal_loss_star` as a module: the same arguments, given once."""
+
+    def __init__(self, num_classes: int, *, gamma: float = 2.0, beta: float = 1.0, **options: Any) -> None:
+        super().__init__(num_classes, gamma=gamma, **options)
+        self.beta = beta
+
+    def _loss(
+        self, logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], **options: Any
+    ) -> Tensor | list[Tensor]:
+        return focal_loss_star(logits, targets, beta=self.beta, **options)
 
 
 def sigmoid_focal_loss(
@@ -220,7 +318,8 @@ def sigmoid_focal_loss(
     _check_no_grad(targets=targets)
     result_dtype = torch.promote_types(inputs.dtype, targets.dtype)
     dtype = _compute_dtype(result_dtype)
-    loss = _elementwise_loss(inputs.to(dtype), targets.to(dtype), alpha, gamma, 0.0)
+    x, y = inputs.to(dtype), targets.to(dtype)
+    loss = _alpha_t(y, alpha) * _modulating_factor(x, y, gamma) * _cross_entropy(x, y, 0.0)
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
@@ -231,11 +330,11 @@ def sigmoid_focal_loss(
 # The loss of one logit
 
 
-def _elementwise_loss(
-    x: Tensor, y: Tensor, alpha: float | Sequence[float] | Tensor | None, gamma: float, label_smoothing: float
-) -> Tensor:
-    """alpha_t * (1 - p_t)^gamma * cross_entropy of logits x and targets y in [0, 1], shaped as x."""
-    return _alpha_t(y, alpha) * _modulating_factor(x, y, gamma) * _cross_entropy(x, y, label_smoothing)
+def _star(x: Tensor, y: Tensor, gamma: float, beta: float) -> Tensor:
+    """-log(sigmoid(gamma * x_t + beta)) / gamma of logits x and targets y in [0, 1], shaped as x."""
+    side = 2 * y - 1
+    x_t = side * torch.where(side == 0, x.clamp(-1e30, 1e30), x)  # 0 of an infinite logit
+    return -nn.functional.logsigmoid(gamma * x_t + beta) / gamma
 
 
 def _alpha_t(y: Tensor, alpha: float | Sequence[float] | Tensor | None) -> Tensor:
@@ -470,10 +569,8 @@ def _check_levels(levels: list[Tensor]) -> None:
 
 
 def _check_options(
-    num_levels: int, gamma: float, level_weights: Sequence[float] | Tensor | None, reduction: str, grad_mode: str
+    num_levels: int, level_weights: Sequence[float] | Tensor | None, reduction: str, grad_mode: str
 ) -> None:
-    if not gamma >= 0:  # so that NaN fails
-        raise ValueError(f"gamma: expected a number >= 0, got {gamma}")
     if level_weights is not None and len(level_weights) != num_levels:
         raise ValueError(f"level_weights: expected {num_levels}, one a level, got {len(level_weights)}")
     if reduction not in ("sum", "level", "image", "none", "mean"):

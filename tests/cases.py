@@ -282,11 +282,16 @@ def total(loss: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.stack([part.double().sum() for part in parts]).sum()
 
 
+def loss_function(options: dict[str, Any]) -> Any:
+    """Options with a beta are those of focal loss star."""
+    return fastfocal.focal_loss_star if "beta" in options else fastfocal.focal_loss
+
+
 def run(levels: Sequence[Tensor], targets: Labels, **options: Any) -> tuple[Any, list[Tensor]]:
     """Loss and the gradient of every level, as the operator hands it out (no accumulation into .grad)."""
     inputs = leaves(levels)
     given = [x.clone() for x in inputs] if options.get("grad_mode") == "inplace" else inputs
-    loss = fastfocal.focal_loss(given, targets, **options)
+    loss = loss_function(options)(given, targets, **options)
     return loss, list(torch.autograd.grad(total(loss), inputs))
 
 

@@ -92,6 +92,25 @@ def element_gradient(
     return gradient, magnitude
 
 
+def star_loss(
+    x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, beta: float = 1.0
+) -> Array:
+    """Focal loss star of every logit, appendix B: -alpha_t log(sigmoid(gamma x_t + beta)) / gamma, x_t = x (2 y - 1)."""
+    x, y = np.broadcast_arrays(x, np.asarray(y, dtype=np.asarray(x).dtype))
+    x_t = _times(2 * y - 1, x)
+    return _times(_alpha_t(y, alpha), _softplus(-(gamma * x_t + beta)) / gamma)
+
+
+def star_gradient(
+    x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, beta: float = 1.0
+) -> tuple[Array, Array]:
+    """dFL*/dx = -alpha_t (2 y - 1) (1 - sigmoid(gamma x_t + beta)), a single term: its magnitude is its size."""
+    x, y = np.broadcast_arrays(x, np.asarray(y, dtype=np.asarray(x).dtype))
+    _, wrong = _probabilities(gamma * _times(2 * y - 1, x) + beta)
+    gradient = _alpha_t(y, alpha) * (1 - 2 * y) * wrong
+    return gradient, np.abs(gradient)
+
+
 @dataclass(frozen=True)
 class Expected:
     loss: Any  # float, (L,), (N,) or a list of arrays, by the reduction
@@ -134,11 +153,13 @@ def oracle_focal_loss(
     weight: Array | Sequence[Array] | None = None,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    beta: float | None = None,
     normalizer: str | float | Array | None = "positives",
     reduction: str = "sum",
     loss_weight: float = 1.0,
 ) -> Expected:
-    """The whole contract for a list of levels; integer targets are labels, floating ones soft targets."""
+    """The whole contract for a list of levels; integer targets are labels, floating ones soft targets. With `beta` it is
+    focal loss star."""
     levels = [np.asarray(x, dtype=np.float64) for x in levels]
     rank = levels[0].ndim
     classes = num_classes if num_classes is not None else levels[0].shape[-1]
@@ -186,13 +207,15 @@ def oracle_focal_loss(
         class_alpha = None if alpha is None else np.asarray(alpha, dtype=np.float64)
         if class_alpha is not None and class_alpha.ndim:
             class_alpha = class_alpha[k]
-        options: dict[str, Any] = {"alpha": class_alpha, "gamma": gamma, "label_smoothing": label_smoothing}
+        options: dict[str, Any] = {"alpha": class_alpha, "gamma": gamma}
+        options |= {"label_smoothing": label_smoothing} if beta is None else {"beta": beta}
         factor = loss_weight * (1.0 if level_weights is None else float(level_weights[level])) / divisor[n]
         if per_anchor is not None:
             factor = factor * per_anchor[level].astype(np.float64)[n, m]
         zero = np.zeros(x.shape)
-        gradient, magnitude = element_gradient(x, y[level], **options)
-        losses.append(np.where(kept[level], factor * element_loss(x, y[level], **options), zero))
+        gradient, magnitude = (element_gradient if beta is None else star_gradient)(x, y[level], **options)
+        loss_of = element_loss if beta is None else star_loss
+        losses.append(np.where(kept[level], factor * loss_of(x, y[level], **options), zero))
         grads.append(np.where(kept[level], factor * gradient, zero))
         magnitudes.append(np.where(kept[level], np.abs(factor) * magnitude, zero))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, SIXTEEN_BIT, Backend, assert_close, compare, expect, run, tolerance
+from cases import DTYPES, SIXTEEN_BIT, Backend, assert_close, compare, expect, loss_function, run, tolerance
 from oracle import element_gradient, element_loss
 from torch import Tensor
 
@@ -108,7 +108,7 @@ def losses_and_gradients(levels: list[Tensor], targets: Tensor | list[Tensor], *
     options = {"num_classes": CLASSES, "normalizer": None, **options}
     relative = tolerance(levels[0].dtype, float(options.get("gamma", 2.0)), options=False)  # type: ignore[arg-type]
     with torch.no_grad():
-        losses = fastfocal.focal_loss(levels, targets, reduction="none", **options)
+        losses = loss_function(options)(levels, targets, reduction="none", **options)
     _, grads = run(levels, targets, reduction="sum", **options)
     # A smoothed target's cross entropy, and gamma times it in the gradient, multiply a (1 - p_t)^gamma that may have
     # been flushed: by at most gamma * |x| = 140. Hard targets never meet a factor above 1 there.

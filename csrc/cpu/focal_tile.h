@@ -392,22 +392,22 @@ void plain_tiles(const Call& call, const Formula& formula, int64_t begin, int64_
   }
 }
 
-template <class T, Gamma kGamma>
+template <class T, class Formula>
 void plain(const Call& call, int64_t begin, int64_t end) {
-  const FocalLoss<float, kGamma, false> formula(float(call.gamma), 0.0f);
+  const Formula formula(call.parameters);
   switch (call.output) {
     case Output::kLoss:
-      return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kLoss>(call, formula, begin, end);
+      return plain_tiles<T, Formula, Output::kLoss>(call, formula, begin, end);
     case Output::kLossAndGradient:
-      return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kLossAndGradient>(call, formula, begin, end);
+      return plain_tiles<T, Formula, Output::kLossAndGradient>(call, formula, begin, end);
     default:
-      return plain_tiles<T, FocalLoss<float, kGamma, false>, Output::kGradient>(call, formula, begin, end);
+      return plain_tiles<T, Formula, Output::kGradient>(call, formula, begin, end);
   }
 }
 
-template <class T, class S, Gamma kGamma, bool kSmoothing>
+template <class T, class S, class Formula>
 void general(const Call& call, int64_t begin, int64_t end) {
-  const FocalLoss<S, kGamma, kSmoothing> formula(S(call.gamma), S(call.label_smoothing));
+  const Formula formula(call.parameters);
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile = tile_at(call.levels, t);
     const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
@@ -426,12 +426,20 @@ void general(const Call& call, int64_t begin, int64_t end) {
 
 template <class T, class S>
 void tiles_of(const Call& call, int64_t begin, int64_t end) {
-  const bool two = call.gamma == 2.0;
+  using Two = FocalLoss<S, Gamma::kTwo, false>;
+  using Any = FocalLoss<S, Gamma::kAny, false>;
+  using Smooth = FocalLoss<S, Gamma::kAny, true>;
+  using Star = FocalLossStar<S>;
+  const bool star = call.family == Family::kFocalLossStar, two = call.parameters.gamma == 2.0;
   if constexpr (sizeof(S) == sizeof(float)) {
-    if (is_plain(call)) return two ? plain<T, Gamma::kTwo>(call, begin, end) : plain<T, Gamma::kAny>(call, begin, end);
+    if (is_plain(call)) {
+      if (star) return plain<T, Star>(call, begin, end);
+      return two ? plain<T, Two>(call, begin, end) : plain<T, Any>(call, begin, end);
+    }
   }
-  if (call.label_smoothing != 0) return general<T, S, Gamma::kAny, true>(call, begin, end);
-  return two ? general<T, S, Gamma::kTwo, false>(call, begin, end) : general<T, S, Gamma::kAny, false>(call, begin, end);
+  if (star) return general<T, S, Star>(call, begin, end);
+  if (call.parameters.label_smoothing != 0) return general<T, S, Smooth>(call, begin, end);
+  return two ? general<T, S, Two>(call, begin, end) : general<T, S, Any>(call, begin, end);
 }
 
 void run_tiles(const Call& call, int64_t begin, int64_t end) {

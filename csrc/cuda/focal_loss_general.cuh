@@ -12,7 +12,7 @@ namespace {
 
 template <class T, class S, class Formula, bool kSoft>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kernel(const __grid_constant__ Call call) {
-  const Formula formula(S(call.gamma), S(call.label_smoothing));
+  const Formula formula(call.parameters);
   const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
   const int64_t last = first_item(call.levels.tiles, blockIdx.x + 1);
   for (int64_t index = first_item(call.levels.tiles, blockIdx.x); index < last; ++index) {
@@ -80,8 +80,9 @@ void run_formula(const Call& call, const Context& context) {
 
 template <class T, class S>
 void run_general(const Call& call, const Context& context) {
-  if (call.label_smoothing != 0) return run_formula<T, S, FocalLoss<S, Gamma::kAny, true>>(call, context);
-  if (sizeof(S) == sizeof(float) && call.gamma == 2.0)
+  if (call.family == Family::kFocalLossStar) return run_formula<T, S, FocalLossStar<S>>(call, context);
+  if (call.parameters.label_smoothing != 0) return run_formula<T, S, FocalLoss<S, Gamma::kAny, true>>(call, context);
+  if (sizeof(S) == sizeof(float) && call.parameters.gamma == 2.0)
     return run_formula<T, S, FocalLoss<S, Gamma::kTwo, false>>(call, context);
   run_formula<T, S, FocalLoss<S, Gamma::kAny, false>>(call, context);
 }

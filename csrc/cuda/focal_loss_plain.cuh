@@ -269,14 +269,12 @@ struct PlainThread {
   }
 };
 
-template <class T, Gamma kGamma, Output kOutput>
+template <class T, class Formula, Output kOutput>
 __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constant__ Call call) {
-  constexpr Accuracy kAccuracy = sizeof(T) == 2 ? Accuracy::kSixteenBits : Accuracy::kFloat;
-  using Formula = FocalLoss<float, kGamma, false, kAccuracy>;
   constexpr int kCount = kVector<T>;
 
   PlainThread<T, Formula, kOutput> thread;
-  thread.formula = Formula(float(call.gamma), 0.0f);
+  thread.formula = Formula(call.parameters);
 
   const int64_t last = first_item(call.levels.tiles, blockIdx.x + 1);
   for (int64_t index = first_item(call.levels.tiles, blockIdx.x); index < last; ++index) {
@@ -308,29 +306,32 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
   }
 }
 
-template <class T, Gamma kGamma, Output kOutput>
+template <class T, class Formula, Output kOutput>
 void launch_plain(const Call& call, const Context& context) {
   static std::atomic<int> known[kMaxDevices];
-  const int64_t resident = resident_blocks(plain_kernel<T, kGamma, kOutput>, known, context);
-  launch(plain_kernel<T, kGamma, kOutput>, call.levels.tiles < resident ? call.levels.tiles : resident, context, call);
+  const int64_t resident = resident_blocks(plain_kernel<T, Formula, kOutput>, known, context);
+  launch(plain_kernel<T, Formula, kOutput>, call.levels.tiles < resident ? call.levels.tiles : resident, context, call);
 }
 
-template <class T, Gamma kGamma>
-void run_plain_gamma(const Call& call, const Context& context) {
+template <class T, class Formula>
+void run_plain_formula(const Call& call, const Context& context) {
   switch (call.output) {
     case Output::kLoss:
-      return launch_plain<T, kGamma, Output::kLoss>(call, context);
+      return launch_plain<T, Formula, Output::kLoss>(call, context);
     case Output::kLossAndGradient:
-      return launch_plain<T, kGamma, Output::kLossAndGradient>(call, context);
+      return launch_plain<T, Formula, Output::kLossAndGradient>(call, context);
     default:
-      return launch_plain<T, kGamma, Output::kGradient>(call, context);
+      return launch_plain<T, Formula, Output::kGradient>(call, context);
   }
 }
 
 template <class T>
 void run_plain(const Call& call, const Context& context) {
-  if (call.gamma == 2.0) return run_plain_gamma<T, Gamma::kTwo>(call, context);
-  run_plain_gamma<T, Gamma::kAny>(call, context);
+  constexpr Accuracy kAccuracy = sizeof(T) == 2 ? Accuracy::kSixteenBits : Accuracy::kFloat;
+  if (call.family == Family::kFocalLossStar) return run_plain_formula<T, FocalLossStar<float, kAccuracy>>(call, context);
+  if (call.parameters.gamma == 2.0)
+    return run_plain_formula<T, FocalLoss<float, Gamma::kTwo, false, kAccuracy>>(call, context);
+  run_plain_formula<T, FocalLoss<float, Gamma::kAny, false, kAccuracy>>(call, context);
 }
 
 }  // namespace
