@@ -523,7 +523,7 @@ struct FocalLossStar {
   template <class V>
   FASTFOCAL_HD V exponential(V z, V rest) const {
     if constexpr (kAccuracy == Accuracy::kSixteenBits) return exp_shortly(minus_absolute(z), 1.0f, 1.44269504f);
-    return exp_of_sum(minus_absolute(z), select(is_negative(z), rest, V(S(0)) - rest));
+    return exp_of_sum(minus_absolute(z), rest);  // of the wrong sign for z > 0, where 1 + e^-z hides a rounding
   }
 
   template <class V>
