@@ -1,0 +1,103 @@
+"""fastfocal.compat.transformers against the real transformers: its functions, and training steps of two of its models."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("transformers", exc_type=Exception)
+pytest.importorskip("scipy")  # its matchers need it
+
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+from transformers.loss.loss_grounding_dino import GroundingDinoImageLoss
+
+from fastfocal.compat import transformers as compat
+
+# float64: both formulas agree to a few roundings; theirs loses two digits of 1 - p_t where p_t is nearly 1.
+DOUBLE = 1e-10
+
+
+@pytest.mark.parametrize("alpha", [0.25, -1])
+@pytest.mark.parametrize("module", compat._SWAPS)
+def test_the_functions(module: str, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 7, 11, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = (torch.rand(2, 7, 11, generator=generator) < 0.1).double()
+    host = importlib.import_module(module)
+    stock = host.sigmoid_focal_loss
+    theirs = stock(inputs, targets, 3, alpha, 2)
+    with compat.fused_functions():
+        assert host.sigmoid_focal_loss is not stock
+        ours = host.sigmoid_focal_loss(inputs, targets, 3, alpha, 2)
+    assert host.sigmoid_focal_loss is stock
+    torch.testing.assert_close(ours, theirs, rtol=DOUBLE, atol=0)
+    (mine,), (expected,) = (torch.autograd.grad(loss, inputs) for loss in (ours, theirs))
+    torch.testing.assert_close(mine, expected, rtol=DOUBLE, atol=1e-16)
+
+
+def test_the_swap_is_undone_by_an_error() -> None:
+    from transformers.loss import loss_deformable_detr as host
+
+    stock = host.sigmoid_focal_loss
+    with pytest.raises(KeyError), compat.fused_functions():
+        raise KeyError
+    assert host.sigmoid_focal_loss is stock
+
+
+def step(model: nn.Module, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_training_step_of_deformable_detr() -> None:
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], out_indices=[2, 3, 4])
+    small = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 20, "num_labels": 7}
+    config = DeformableDetrConfig(backbone_config=backbone, use_timm_backbone=False, dropout=0.0, **small, **heads)
+    model = DeformableDetrForObjectDetection(config).double().eval()  # no dropout, no batch statistics
+    labels = [
+        {
+            "class_labels": torch.tensor([2, 6]),
+            "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.7, 0.5, 0.3, 0.6]]).double(),
+        },
+        {"class_labels": torch.tensor([], dtype=torch.int64), "boxes": torch.zeros(0, 4).double()},
+    ]
+    inputs = {"pixel_values": torch.rand(2, 3, 64, 96, dtype=torch.float64), "labels": labels}
+    theirs, expected = step(model, **inputs)
+    with compat.fused_functions():
+        ours, gradients = step(model, **inputs)
+    torch.testing.assert_close(ours, theirs, rtol=DOUBLE, atol=0)
+    assert list(gradients) == list(expected)
+    largest = max(float(g.abs().max()) for g in expected.values())
+    for name, gradient in gradients.items():  # that of an attention's key bias is 0 but for rounding
+        torch.testing.assert_close(gradient, expected[name], rtol=DOUBLE, atol=1e-12 * largest, msg=name)
+
+
+def test_the_criterion_of_grounding_dino() -> None:
+    """Its classification loss, on what its model would give: text tokens for classes, some of them masked."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 8, generator=generator, dtype=torch.float64).requires_grad_()
+    outputs = {
+        "logits": logits,
+        "text_mask": (torch.arange(8) < 6).expand(2, 5, 8),
+        "label_maps": [torch.eye(3, 8), torch.eye(3, 8).roll(1, 1)],
+    }
+    targets = [{"class_labels": torch.tensor([0, 2])}, {"class_labels": torch.tensor([1])}]
+    indices = [(torch.tensor([1, 4]), torch.tensor([0, 1])), (torch.tensor([3]), torch.tensor([0]))]
+    criterion = GroundingDinoImageLoss(matcher=None, focal_alpha=0.25, losses=["labels"])
+    found = []
+    for context in (nullcontext(), compat.fused_functions()):
+        with context:
+            loss = criterion.loss_labels(outputs, targets, indices, 3)["loss_ce"]
+        found.append((loss, torch.autograd.grad(loss, logits)[0]))
+    # It makes float32 targets, so that its own cross entropy of float64 logits is rounded to float32, and its gradient too.
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-16)

@@ -1,0 +1,88 @@
+"""fastfocal.compat.ultralytics against the real ultralytics: both losses, and the RT-DETR criterion around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("ultralytics", exc_type=Exception)  # it needs torchvision
+
+from ultralytics.models.utils.loss import RTDETRDetectionLoss
+from ultralytics.utils import loss as host
+
+from fastfocal.compat import ultralytics as compat
+
+CLASSES, QUERIES = 9, 30
+
+
+def scores(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, scores and one-hot labels: a third of the queries is matched."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(2, QUERIES, CLASSES, generator=generator, dtype=torch.float64) - 2).to(dtype).requires_grad_()
+    k = torch.randint(CLASSES, (2, QUERIES), generator=generator)
+    matched = torch.rand(2, QUERIES, generator=generator) < 0.3
+    one_hot = nn.functional.one_hot(k, CLASSES) * matched.unsqueeze(-1)
+    return logits, torch.rand(2, QUERIES, 1, generator=generator).to(dtype) * one_hot, one_hot
+
+
+def both(stock: nn.Module, fast: nn.Module, logits: Tensor, *rest: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    found = []
+    for criterion in (stock, fast):
+        loss = criterion(logits, *rest)
+        found.append([loss.detach(), torch.autograd.grad(loss, logits)[0]])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("gamma, alpha", [(1.5, 0.25), (2.0, 0.75), (2.0, 0.0)])
+def test_focal_loss(gamma: float, alpha: float) -> None:
+    logits, _, one_hot = scores(torch.float64)
+    theirs, ours = both(host.FocalLoss(gamma, alpha), compat.FastFocalLoss(gamma, alpha), logits, one_hot.double())
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-15)  # float64; their 1 - p_t cancels
+
+
+@pytest.mark.parametrize("gamma, alpha", [(2.0, 0.75), (1.5, 0.25)])
+def test_varifocal_loss(gamma: float, alpha: float) -> None:
+    """ultralytics computes it in float32."""
+    logits, q, one_hot = scores(torch.float32)
+    theirs, ours = both(host.VarifocalLoss(gamma, alpha), compat.FastVarifocalLoss(gamma, alpha), logits, q, one_hot)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)  # sums of 540 terms in another order
+    torch.testing.assert_close(ours[1], theirs[1], rtol=2e-5, atol=1e-6 * float(theirs[1].abs().max()))
+
+
+def criterion_step(criterion: nn.Module) -> tuple[dict[str, Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    layers = 2
+    boxes = torch.rand(layers, 2, QUERIES, 4, generator=generator).requires_grad_()
+    logits = (torch.randn(layers, 2, QUERIES, CLASSES, generator=generator) - 2).requires_grad_()
+    batch = {
+        "cls": torch.tensor([1, 5, 8]),
+        "bboxes": torch.rand(3, 4, generator=generator) * 0.5 + 0.2,
+        "gt_groups": [2, 1],
+    }
+    losses = criterion((boxes, logits), batch)
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}, [boxes.grad, logits.grad]
+
+
+@pytest.mark.parametrize("varifocal", [True, False])
+def test_the_criterion_of_rt_detr(varifocal: bool) -> None:
+    criterion = RTDETRDetectionLoss(nc=CLASSES, use_vfl=varifocal)
+    stock, expected = criterion_step(criterion)
+    assert compat.accelerate(criterion) is criterion and type(criterion.fl) is compat.FastFocalLoss
+    ours, gradients = criterion_step(criterion)
+    assert list(ours) == list(stock)
+    for name in stock:
+        torch.testing.assert_close(ours[name], stock[name], rtol=2e-6, atol=1e-7)  # float32 sums in another order
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+    again, _ = criterion_step(compat.restore(criterion))
+    assert type(criterion.fl) is host.FocalLoss
+    for name in stock:
+        assert torch.equal(again[name], stock[name])
+
+
+def test_a_criterion_without_such_losses() -> None:
+    with pytest.raises(ValueError, match=r"criterion: expected one with ultralytics' .* found none in a Linear"):
+        compat.accelerate(nn.Linear(1, 1))
