@@ -148,6 +148,18 @@ def test_is_fvcores_function(backend: Backend, generator: torch.Generator) -> No
     torch.testing.assert_close(fastfocal.focal_loss_star(inputs, targets, **options), theirs, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("gamma", [1.0, 2.5])
+def test_is_what_fvcore_computes(gamma: float, generator: torch.Generator) -> None:
+    fvcore = pytest.importorskip("fvcore.nn")
+    inputs = torch.randn(40, 7, generator=generator).requires_grad_()
+    targets = (torch.rand(40, 7, generator=generator) < 0.3).float()
+    theirs = fvcore.sigmoid_focal_loss_star(inputs, targets, alpha=-1, gamma=gamma, reduction="sum")
+    ours = fastfocal.focal_loss_star(inputs, targets, alpha=None, gamma=gamma, beta=0.0, normalizer=None)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # float32 sums of 280 terms
+    (mine,), (expected,) = (torch.autograd.grad(loss, inputs) for loss in (ours, theirs))
+    torch.testing.assert_close(mine, expected, rtol=2e-6, atol=0)
+
+
 # --- what users call --------------------------------------------------------------------------------------------------
 
 

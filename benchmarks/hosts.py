@@ -1,0 +1,156 @@
+"""What fastfocal.compat gains in each host: time and memory of the host's own loss and of the swapped one.
+
+    pip install ".[test]" -r tests/hosts.txt
+    python -m benchmarks.hosts --out benchmarks/results
+
+A row is one loss with its backward, down to the gradients of what the network gives. Both are run in turn, in one process;
+medians. torchvision's RetinaNet has a whole training run of its own, in torchvision_training.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.memory import MIB, fix_allocator, peak_extra_bytes
+from benchmarks.torchvision_training import describe
+
+Step = Callable[[], Any]
+CELLS = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))  # P3-P7 of 512x512
+
+
+def levels(images: int, channels: int, cells: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    return [(torch.randn(images, channels, h, w) - 3).requires_grad_() for h, w in cells]
+
+
+def labels(shape: tuple[int, ...], classes: int, background: int, first: int = 0) -> Tensor:
+    """Half a percent of the anchors is positive."""
+    return torch.where(torch.rand(shape) < 0.005, torch.randint(first, first + classes, shape), background)
+
+
+def step(leaves: list[Tensor], loss: Callable[..., Tensor], *given: Any) -> Step:
+    def run() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        loss(*given).backward()
+
+    return run
+
+
+def effdet() -> Iterator[tuple[str, Step, Step]]:
+    from effdet.loss import DetectionLoss
+
+    from fastfocal.compat.effdet import FastDetectionLoss
+
+    classes, anchors, images = 90, 9, 2
+    logits, boxes = levels(images, anchors * classes, CELLS), levels(images, anchors * 4, CELLS)
+    targets = [labels((images, h, w, anchors), classes, -1) for h, w in CELLS]
+    box_targets = [torch.randn(*t.shape, 4).mul((t >= 0).unsqueeze(-1)).flatten(3) for t in targets]
+    positives = torch.tensor([float((t >= 0).sum()) for t in targets]).sum()
+    numbers = {"alpha": 0.25, "gamma": 1.5, "delta": 0.1, "box_loss_weight": 50.0, "label_smoothing": 0.0}
+    config = SimpleNamespace(num_classes=classes, legacy_focal=False, jit_loss=False, **numbers)
+
+    def total(criterion: nn.Module) -> Tensor:
+        loss: Tensor = criterion(logits, boxes, targets, box_targets, positives)[0]
+        return loss
+
+    theirs, ours = (step([*logits, *boxes], total, loss(config)) for loss in (DetectionLoss, FastDetectionLoss))
+    yield f"effdet DetectionLoss, 512x512, N={images}, A={anchors}, K={classes}", theirs, ours
+
+
+def kuangliu() -> Iterator[tuple[str, Step, Step]]:
+    from fastfocal.compat.kuangliu import FocalLoss, as_rows
+
+    cells, classes, images = ((75, 75), (38, 38), (19, 19), (10, 10), (5, 5)), 20, 2
+    logits = levels(images, 9 * classes, cells)
+    targets = torch.cat([labels((images, h * w * 9), classes, 0, first=1) for h, w in cells], 1)
+
+    def formula() -> Tensor:  # with today's one-hot: the repository itself needs a PyTorch of 2017
+        x = as_rows(logits, classes)
+        t = nn.functional.one_hot(targets, classes + 1)[..., 1:].float()
+        x_t = x * (2 * t - 1)
+        weight = 0.25 * t + 0.75 * (1 - t)
+        return (-weight * (2 * x_t + 1).sigmoid().log() / 2).sum()
+
+    theirs, ours = step(logits, formula), step(logits, FocalLoss(classes).focal_loss_alt, logits, targets)
+    yield f"kuangliu FocalLoss (classes), 600x600, N={images}, A=9, K={classes}", theirs, ours
+
+
+def transformers() -> Iterator[tuple[str, Step, Step]]:
+    from transformers.loss.loss_for_object_detection import sigmoid_focal_loss
+
+    from fastfocal.compat.transformers import mean_focal_loss
+
+    for queries in (300, 13294):
+        logits = (torch.randn(2, queries, 91) - 3).requires_grad_()
+        targets = (torch.rand(2, queries, 91) < 1e-3).float()
+        theirs, ours = (step([logits], f, logits, targets, 12.0) for f in (sigmoid_focal_loss, mean_focal_loss))
+        yield f"transformers sigmoid_focal_loss, N=2, {queries} queries, K=91", theirs, ours
+
+
+def ultralytics() -> Iterator[tuple[str, Step, Step]]:
+    from ultralytics.utils.loss import FocalLoss, VarifocalLoss
+
+    from fastfocal.compat.ultralytics import FastFocalLoss, FastVarifocalLoss
+
+    logits = (torch.randn(4, 300, 80) - 3).requires_grad_()
+    one_hot = nn.functional.one_hot(labels((4, 300), 80, 80), 81)[..., :-1]
+    score = torch.rand(4, 300, 1) * one_hot
+    theirs, ours = (step([logits], loss(), logits, one_hot.float()) for loss in (FocalLoss, FastFocalLoss))
+    yield "ultralytics FocalLoss, N=4, 300 queries, K=80", theirs, ours
+    theirs, ours = (step([logits], loss(), logits, score, one_hot) for loss in (VarifocalLoss, FastVarifocalLoss))
+    yield "ultralytics VarifocalLoss, N=4, 300 queries, K=80", theirs, ours
+
+
+def measure(steps: tuple[Step, Step], seconds: float) -> tuple[list[float], list[float]]:
+    """Medians in seconds, and peak extra MiB."""
+    times: tuple[list[float], list[float]] = ([], [])
+    until = time.perf_counter() + seconds
+    for run in steps:
+        run()
+    while time.perf_counter() < until or len(times[0]) < 5:
+        for run, spent in zip(steps, times, strict=True):
+            started = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - started)
+    memory = [(peak_extra_bytes(run, torch.device("cpu")) or 0) / MIB for run in steps]
+    return [statistics.median(t) for t in times], memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hosts", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--out", type=Path, help="folder for hosts.md")
+    arguments = parser.parse_args()
+    fix_allocator(64 * MIB)
+    torch.manual_seed(0)
+    lines = [
+        "# fastfocal.compat: loss and backward, the host's own and the swapped one",
+        "",
+        describe(torch.device("cpu")),
+        "",
+        "| | host | fastfocal | faster | peak extra memory |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for rows in (effdet, kuangliu, transformers, ultralytics):
+        for name, theirs, ours in rows():
+            (slow, fast), (much, little) = measure((theirs, ours), arguments.seconds)
+            lines.append(
+                f"| {name} | {slow * 1e3:.3g} ms | {fast * 1e3:.3g} ms | {slow / fast:.1f} | {much:.0f} MiB, {little:.0f} MiB |"
+            )
+            print(lines[-1])
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "hosts.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
