@@ -1,0 +1,149 @@
+"""detectron2's RetinaNet and FCOS with their classification loss computed by fastfocal.
+
+    from fastfocal.compat.detectron2 import accelerate
+    model = accelerate(build_model(cfg))
+
+In training the head's raw outputs of every level go to one call; detectron2 transposes all levels, concatenates them, and makes
+a dense target. Loss dict, the logged number of positives, state_dict and inference stay as they are. The running mean of the
+number of positives, which divides the losses, stays on the device. `restore` undoes it.
+
+Equivalent to RetinaNet.losses and FCOS.losses of detectron2.modeling.meta_arch (02b5c4e): background K, ignored -1 (RetinaNet
+alone), normalizer `0.9 * before + 0.1 * max(positives, 1)`, which starts at 100 (RetinaNet) or 300 (FCOS).
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from detectron2.modeling.box_regression import _dense_box_regression_loss
+from detectron2.modeling.meta_arch import fcos, retinanet
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+import fastfocal
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _running_mean(model: Any, positives: Tensor, initial: float) -> Tensor:
+    """DenseDetector._ema_update on the device: a 0-d float64 tensor, kept where detectron2 keeps its number."""
+    before = getattr(model, "loss_normalizer", initial)
+    model.loss_normalizer = 0.9 * before + 0.1 * positives.clamp(min=1).double()
+    return torch.as_tensor(model.loss_normalizer)
+
+
+def _log_positives(positives: Tensor, images: int) -> None:
+    """What detectron2 logs; it waits for the device, so it comes after everything else."""
+    get_event_storage().put_scalar("num_pos_anchors", positives.item() / images)
+
+
+def _classification_loss(model: Any, logits: list[Tensor], labels: Tensor, normalizer: Tensor) -> Tensor:
+    loss = fastfocal.focal_loss(
+        logits,
+        labels,
+        num_classes=model.num_classes,
+        alpha=model.focal_loss_alpha,
+        gamma=model.focal_loss_gamma,
+        normalizer=normalizer,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+class FastRetinaNet(retinanet.RetinaNet):  # type: ignore[misc]
+    """detectron2's RetinaNet; only `forward_training` differs."""
+
+    def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> dict[str, Tensor]:
+        logits, deltas = predictions
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        labels = torch.stack(gt_labels)
+        positive = (labels >= 0) & (labels != self.num_classes)
+        count = positive.sum()
+        normalizer = _running_mean(self, count, 100.0)
+        boxes = _dense_box_regression_loss(
+            anchors,
+            self.box2box_transform,
+            [permute_to_N_HWA_K(x, 4) for x in deltas],
+            gt_boxes,
+            positive,
+            box_reg_loss_type=self.box_reg_loss_type,
+            smooth_l1_beta=self.smooth_l1_beta,
+        )
+        losses = {
+            "loss_cls": _classification_loss(self, logits, labels, normalizer),
+            "loss_box_reg": boxes / normalizer,
+        }
+        _log_positives(count, len(gt_labels))
+        return losses
+
+
+class FastFCOS(fcos.FCOS):  # type: ignore[misc]
+    """detectron2's FCOS; only `forward_training` differs."""
+
+    def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> dict[str, Tensor]:
+        logits, deltas, centerness = predictions
+        anchors = self.anchor_generator(features)
+        gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
+        labels = torch.stack(gt_labels)
+        positive = labels != self.num_classes
+        count = positive.sum()
+        normalizer = _running_mean(self, count, 300.0)
+        boxes = _dense_box_regression_loss(
+            anchors,
+            self.box2box_transform,
+            [permute_to_N_HWA_K(x, 4) for x in deltas],
+            gt_boxes,
+            positive,
+            box_reg_loss_type="giou",
+        )
+        centers = torch.cat([permute_to_N_HWA_K(x, 1) for x in centerness], dim=1).squeeze(dim=2)
+        center = nn.functional.binary_cross_entropy_with_logits(
+            centers[positive], self.compute_ctrness_targets(anchors, gt_boxes)[positive], reduction="sum"
+        )
+        losses = {
+            "loss_fcos_cls": _classification_loss(self, logits, labels, normalizer),
+            "loss_fcos_loc": boxes / normalizer,
+            "loss_fcos_ctr": center / normalizer,
+        }
+        _log_positives(count, len(gt_labels))
+        return losses
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {retinanet.RetinaNet: FastRetinaNet, fcos.FCOS: FastFCOS}
+
+
+def accelerate(model: Model) -> Model:
+    """Makes fastfocal compute the classification loss of every RetinaNet and FCOS that `model` is or contains.
+
+    Returns:
+        The same model; its detectors have changed their class and nothing else.
+
+    Raises:
+        ValueError: neither is in it, or one is that was subclassed.
+    """
+    found = [m for m in model.modules() if isinstance(m, tuple(_FAST))]
+    if not found:
+        raise ValueError(f"model: expected detectron2's RetinaNet or FCOS, found neither in a {type(model).__name__}")
+    for detector in found:
+        if type(detector) not in (*_FAST, *_FAST.values()):
+            raise ValueError(
+                f"model: expected detectron2's own detectors, found the subclass {type(detector).__name__}"
+            )
+    for detector in found:
+        detector.__class__ = _FAST.get(type(detector), type(detector))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`; the running mean goes on as a number."""
+    stock = {fast: slow for slow, fast in _FAST.items()}
+    for module in model.modules():
+        if type(module) in stock:
+            module.__class__ = stock[type(module)]
+            mean = getattr(module, "loss_normalizer", None)
+            if isinstance(mean, Tensor):
+                module.loss_normalizer = mean.item()  # type: ignore[assignment]
+    return model
