@@ -135,7 +135,7 @@ def main() -> None:
     lines = [
         "# fastfocal.compat: loss and backward, the host's own and the swapped one",
         "",
-        describe(torch.device("cpu")),
+        f"{describe(torch.device('cpu'))} · `python -m benchmarks.hosts --seconds {arguments.seconds:g}`",
         "",
         "| | host | fastfocal | faster | peak extra memory |",
         "|---|--:|--:|--:|--:|",
