@@ -1,0 +1,225 @@
+"""mmdet's focal loss by fastfocal: a loss for its configs, and one call for all levels in its dense heads.
+
+    import fastfocal.compat.mmdet                       # registers FastFocalLoss
+    loss_cls = dict(type="FastFocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0)   # in the config
+
+    from fastfocal.compat.mmdet import accelerate
+    model = accelerate(model)                           # RetinaNet, ATSS, FCOS: every level in one call
+
+The first alone changes the function: heads still permute every level. The second hands the head's raw outputs over. `restore`
+undoes it.
+
+Equivalent to mmdet.models.losses.FocalLoss (3.3.0): background K, anchors of weight 0 ignored, the mean over `avg_factor` plus
+the float32 epsilon. Here it runs on the CPU and in bfloat16 too, and mmcv's compiled operators are not needed for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from mmdet.models.dense_heads import ATSSHead, FCOSHead, RetinaHead
+from mmdet.models.losses import FocalLoss
+from mmdet.registry import MODELS
+from torch import Tensor, nn
+
+import fastfocal
+
+EPSILON = torch.finfo(torch.float32).eps
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@MODELS.register_module()  # type: ignore[misc]
+class FastFocalLoss(FocalLoss):  # type: ignore[misc]
+    """mmdet's FocalLoss: the same constructor, arguments and result. `activated=True`, on probabilities, is left to mmdet."""
+
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+    ) -> Tensor:
+        """Loss of one level.
+
+        Args:
+            pred: logits (n, K).
+            target: labels (n,), K for background; or one-hot or soft targets (n, K).
+            weight: (n,), (n, K) or (n * K,).
+            avg_factor: what a "mean" divides the sum by, instead of n * K.
+            reduction_override: "none", "mean" or "sum" instead of the constructor's.
+
+        Raises:
+            ValueError: avg_factor together with "sum".
+        """
+        if self.activated:
+            loss: Tensor = super().forward(pred, target, weight, avg_factor, reduction_override)
+            return loss
+        reduction = reduction_override or self.reduction
+        if reduction not in ("none", "mean", "sum"):
+            raise ValueError(f"reduction_override: expected 'none', 'mean', 'sum' or None, got {reduction!r}")
+        if avg_factor is not None and reduction == "sum":
+            raise ValueError('avg_factor can not be used with reduction="sum"')
+        rows, elements = pred.reshape(-1, pred.shape[-1]), pred.numel()
+        soft = target.dim() == pred.dim()
+        given = target.reshape(rows.shape).to(pred.dtype) if soft else target.reshape(-1)
+        options = {"alpha": self.alpha, "gamma": self.gamma, "loss_weight": self.loss_weight}
+        per_anchor = weight is not None and weight.numel() == len(rows)
+        if reduction == "none" or (weight is not None and not per_anchor):
+            anchor_weight = weight.reshape(-1).float() if weight is not None and per_anchor else None
+            loss = _tensor(
+                fastfocal.focal_loss(rows, given, weight=anchor_weight, normalizer=None, reduction="none", **options)
+            ).view(pred.shape)
+            if weight is not None and not per_anchor:
+                loss = loss * weight.view(loss.shape)
+            if reduction == "none":
+                return loss
+            return loss.sum() / _divisor(reduction, avg_factor, elements)
+        return _tensor(
+            fastfocal.focal_loss(
+                rows,
+                given,
+                weight=None if weight is None else weight.reshape(-1).to(_accumulation(pred)),
+                normalizer=_divisor(reduction, avg_factor, elements),
+                **options,
+            )
+        ).to(pred.dtype)
+
+
+def _tensor(loss: Tensor | list[Tensor]) -> Tensor:
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _accumulation(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _divisor(reduction: str, avg_factor: float | Tensor | None, elements: int) -> float | Tensor:
+    if reduction == "sum":
+        return 1.0
+    return float(max(1, elements)) if avg_factor is None else avg_factor + EPSILON
+
+
+class _Recorder(nn.Module):
+    """Stands in for the head's loss_cls: keeps what it is called with, and costs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, Tensor | None, Any]] = []
+
+    def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None, avg_factor: Any = None) -> Tensor:
+        self.calls.append((target, weight, avg_factor))
+        return pred.new_zeros(())
+
+
+class OneCall:
+    """Mixin for a dense head: `class MyHead(OneCall, RetinaHead)`. Its `loss_by_feat` computes loss_cls in one call."""
+
+    loss_cls: Any
+    cls_out_channels: int
+    num_classes: int
+    train_cfg: Any
+
+    def loss_by_feat(self, cls_scores: list[Tensor], *rest: Any, **options: Any) -> dict[str, Any]:
+        """As the head's own; `loss_cls` is the list of levels' losses, or the one of all, as the head has it."""
+        check_loss(self)
+        stock, channels, recorder = self.loss_cls, self.cls_out_channels, _Recorder()
+        # The head assigns targets and computes the other losses; for the classes it sees one that takes no memory.
+        blank = [x.new_zeros(()).expand(x.shape[0], x.shape[1] // channels, *x.shape[2:]) for x in cls_scores]
+        self.loss_cls, self.cls_out_channels = recorder, 1
+        try:
+            losses: dict[str, Any] = super().loss_by_feat(blank, *rest, **options)  # type: ignore[misc]
+        finally:
+            self.loss_cls, self.cls_out_channels = stock, channels
+        per_level = len(recorder.calls) == len(cls_scores) and len(cls_scores) > 1
+        anchors = [x.shape[1] // channels * x.shape[2] * x.shape[3] * x.shape[0] for x in cls_scores]
+        labels = self._by_level([target for target, _, _ in recorder.calls], anchors, cls_scores)
+        weights = [weight for _, weight, _ in recorder.calls if weight is not None]
+        anchor_weight = None
+        if weights:
+            by_level = self._by_level(weights, anchors, cls_scores)
+            if self.train_cfg["pos_weight"] <= 0:  # then a weight is 0 or 1
+                labels = [y.masked_fill(w == 0, -1) for y, w in zip(labels, by_level, strict=True)]
+            else:
+                anchor_weight = [w.to(_accumulation(cls_scores[0])) for w in by_level]
+        loss = _tensor(
+            fastfocal.focal_loss(
+                cls_scores,
+                labels,
+                num_classes=self.num_classes,
+                alpha=stock.alpha,
+                gamma=stock.gamma,
+                weight=anchor_weight,
+                normalizer=_divisor("mean", recorder.calls[0][2], 1),
+                reduction="level" if per_level else "sum",
+                loss_weight=stock.loss_weight,
+            )
+        )
+        losses["loss_cls"] = list(loss.unbind()) if per_level else loss
+        return losses
+
+    @staticmethod
+    def _by_level(values: Sequence[Tensor], anchors: list[int], cls_scores: list[Tensor]) -> list[Tensor]:
+        """(N, M) a level, of what the head flattened: image by image within a level."""
+        flat = torch.cat([v.reshape(-1) for v in values])
+        return [v.view(x.shape[0], -1) for v, x in zip(flat.split(anchors), cls_scores, strict=True)]
+
+
+class FastRetinaHead(OneCall, RetinaHead):  # type: ignore[misc]
+    """mmdet's RetinaHead."""
+
+
+class FastATSSHead(OneCall, ATSSHead):  # type: ignore[misc]
+    """mmdet's ATSSHead."""
+
+
+class FastFCOSHead(OneCall, FCOSHead):  # type: ignore[misc]
+    """mmdet's FCOSHead."""
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    RetinaHead: FastRetinaHead,
+    ATSSHead: FastATSSHead,
+    FCOSHead: FastFCOSHead,
+}
+
+
+def check_loss(head: Any) -> None:
+    """Raises ValueError where the head's classification loss is not a mean sigmoid focal loss on logits."""
+    loss = head.loss_cls
+    if type(loss) not in (FocalLoss, FastFocalLoss) or loss.activated or loss.reduction != "mean":
+        raise ValueError(
+            f"{type(head).__name__}.loss_cls: expected mmdet's FocalLoss on logits, with reduction 'mean', got {loss!r}"
+        )
+
+
+def accelerate(model: Model) -> Model:
+    """Makes fastfocal compute the classification loss of every RetinaHead, ATSSHead and FCOSHead that `model` is or contains.
+
+    Returns:
+        The same model; its heads have changed their class and nothing else.
+
+    Raises:
+        ValueError: none of them is in it (subclasses take the mixin `OneCall` themselves), or its loss is no focal loss.
+    """
+    heads = [m for m in model.modules() if type(m) in (*_FAST, *_FAST.values())]
+    if not heads:
+        raise ValueError(
+            f"model: expected mmdet's RetinaHead, ATSSHead or FCOSHead, found none in a {type(model).__name__}"
+        )
+    for head in heads:
+        check_loss(head)
+    for head in heads:
+        head.__class__ = _FAST.get(type(head), type(head))
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `accelerate`."""
+    stock = {fast: slow for slow, fast in _FAST.items()}
+    for module in model.modules():
+        module.__class__ = stock.get(type(module), type(module))
+    return model
