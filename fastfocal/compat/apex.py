@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import fastfocal
-
-BACKGROUND, IGNORED = -1, -2
+from fastfocal.compat.conventions import NEGATIVE_BACKGROUND
 
 
 def focal_loss(
@@ -57,8 +56,8 @@ def focal_loss(
         [t.reshape(-1) for t in targets],
         alpha=alpha,
         gamma=gamma,
-        background_index=BACKGROUND,
-        ignore_index=IGNORED,
+        background_index=NEGATIVE_BACKGROUND.background,
+        ignore_index=NEGATIVE_BACKGROUND.ignored,
         label_smoothing=label_smoothing,
         normalizer=num_positive_sum.reshape(()),
     )

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import fastfocal
+from fastfocal.compat.conventions import NEGATIVE_BACKGROUND
 
-BACKGROUND, IGNORED = -1, -2
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -52,8 +52,8 @@ class FastDetectionLoss(effdet.loss.DetectionLoss):  # type: ignore[misc]
             num_classes=self.num_classes,
             alpha=self.alpha,
             gamma=self.gamma,
-            background_index=BACKGROUND,
-            ignore_index=IGNORED,
+            background_index=NEGATIVE_BACKGROUND.background,
+            ignore_index=NEGATIVE_BACKGROUND.ignored,
             label_smoothing=0.0 if self.legacy_focal else self.label_smoothing,
             normalizer=divisor,
         )

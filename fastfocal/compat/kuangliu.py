@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfocal
-
-BACKGROUND, IGNORED = 0, -1
+from fastfocal.compat.conventions import ZERO_BACKGROUND
 
 
 class FocalLoss(nn.Module):
@@ -61,7 +60,7 @@ class FocalLoss(nn.Module):
         Returns:
             A 0-d tensor, (boxes + classes) / positives.
         """
-        positive = cls_targets > BACKGROUND
+        positive = cls_targets > ZERO_BACKGROUND.background
         count = positive.sum().clamp(min=1)
         boxes = nn.functional.smooth_l1_loss(as_rows(loc_preds, 4)[positive], loc_targets[positive], reduction="sum")
         return boxes / count + self._classification(cls_preds, cls_targets, "positives", self.star)
@@ -74,8 +73,8 @@ class FocalLoss(nn.Module):
             logits,
             labels,
             num_classes=self.num_classes,
-            background_index=BACKGROUND,
-            ignore_index=IGNORED,
+            background_index=ZERO_BACKGROUND.background,
+            ignore_index=ZERO_BACKGROUND.ignored,
             normalizer=normalizer,
         )
         assert isinstance(loss, Tensor)

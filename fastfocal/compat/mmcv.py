@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import fastfocal
+from fastfocal.ops import accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -42,8 +43,8 @@ def sigmoid_focal_loss(
     labels = torch.where((target >= 0) & (target < classes), target, classes)
     rows = None
     if weight is not None:
-        accumulation = torch.float64 if input.dtype == torch.float64 else torch.float32
-        rows = torch.cat([weight.to(accumulation), weight.new_ones(1, dtype=accumulation)])[labels]
+        weight = weight.to(accumulation_dtype(input.dtype))
+        rows = torch.cat([weight, weight.new_ones(1)])[labels]
     loss = fastfocal.focal_loss(
         input,
         labels,

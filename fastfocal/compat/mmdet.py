@@ -25,6 +25,8 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 import fastfocal
+from fastfocal.compat.conventions import IGNORED
+from fastfocal.ops import accumulation_dtype
 
 EPSILON = torch.finfo(torch.float32).eps
 Model = TypeVar("Model", bound=nn.Module)
@@ -81,7 +83,7 @@ class FastFocalLoss(FocalLoss):  # type: ignore[misc]
             fastfocal.focal_loss(
                 rows,
                 given,
-                weight=None if weight is None else weight.reshape(-1).to(_accumulation(pred)),
+                weight=None if weight is None else weight.reshape(-1).to(accumulation_dtype(pred.dtype)),
                 normalizer=_divisor(reduction, avg_factor, elements),
                 **options,
             )
@@ -91,10 +93,6 @@ class FastFocalLoss(FocalLoss):  # type: ignore[misc]
 def _tensor(loss: Tensor | list[Tensor]) -> Tensor:
     assert isinstance(loss, Tensor)
     return loss
-
-
-def _accumulation(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _divisor(reduction: str, avg_factor: float | Tensor | None, elements: int) -> float | Tensor:
@@ -142,9 +140,9 @@ class OneCall:
         if weights:
             by_level = self._by_level(weights, anchors, cls_scores)
             if self.train_cfg["pos_weight"] <= 0:  # then a weight is 0 or 1
-                labels = [y.masked_fill(w == 0, -1) for y, w in zip(labels, by_level, strict=True)]
+                labels = [y.masked_fill(w == 0, IGNORED) for y, w in zip(labels, by_level, strict=True)]
             else:
-                anchor_weight = [w.to(_accumulation(cls_scores[0])) for w in by_level]
+                anchor_weight = [w.to(accumulation_dtype(cls_scores[0].dtype)) for w in by_level]
         loss = _tensor(
             fastfocal.focal_loss(
                 cls_scores,

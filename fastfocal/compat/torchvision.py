@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet
 
 import fastfocal
-from fastfocal.compat.matches import labels_of_matches
+from fastfocal.compat.conventions import labels_of_matches
 
 Model = TypeVar("Model", bound=nn.Module)
 HeadOutputs = dict[str, Any]

@@ -1,13 +1,30 @@
-"""What hosts share: from an anchor matcher's result to labels, in fastfocal's own convention (background K, ignored -1)."""
+"""What hosts share: their label conventions, and the way from an anchor matcher's result to labels.
+
+fastfocal's own convention is background K, ignored -1; detectron2's and mmdet's too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORED = -1
+
+
+class Convention(NamedTuple):
+    """The labels that are no class."""
+
+    background: int
+    ignored: int
+
+
+# effdet and apex: classes 0..K-1, background -1, ignored -2
+NEGATIVE_BACKGROUND = Convention(background=-1, ignored=-2)
+# kuangliu/pytorch-retinanet: classes 1..K, background 0, ignored -1
+ZERO_BACKGROUND = Convention(background=0, ignored=-1)
 
 
 def labels_of_matches(
