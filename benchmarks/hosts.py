@@ -3,6 +3,7 @@
     pip install ".[test]" -r tests/hosts.txt
     python -m benchmarks.hosts --out benchmarks/results
 
+detectron2 is not on PyPI: a checkout of it on PYTHONPATH.
 A row is one loss with its backward, down to the gradients of what the network gives. Both are run in turn, in one process;
 medians. torchvision's RetinaNet has a whole training run of its own, in torchvision_training.py.
 """
@@ -10,7 +11,9 @@ medians. torchvision's RetinaNet has a whole training run of its own, in torchvi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +87,107 @@ def kuangliu() -> Iterator[tuple[str, Step, Step]]:
     yield f"kuangliu FocalLoss (classes), 600x600, N={images}, A=9, K={classes}", theirs, ours
 
 
+BOXES = ((30.0, 40.0, 200.0, 240.0), (220.0, 60.0, 480.0, 500.0), (10.0, 300.0, 90.0, 380.0))  # of every image
+
+
+def detectron2() -> Iterator[tuple[str, Step, Step]]:
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling import Backbone
+    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+    from detectron2.modeling.box_regression import Box2BoxTransform
+    from detectron2.modeling.matcher import Matcher
+    from detectron2.modeling.meta_arch.retinanet import RetinaNet
+    from detectron2.structures import Boxes, Instances
+    from detectron2.utils.events import EventStorage
+
+    from fastfocal.compat.detectron2 import accelerate
+
+    classes, images = 80, 2
+    strides = [512 // h for h, _ in CELLS]
+
+    class Nothing(Backbone):  # the head's outputs are given
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {}
+
+        def output_shape(self) -> dict[str, ShapeSpec]:
+            return {}
+
+    logits, deltas = levels(images, 9 * classes, CELLS), levels(images, 9 * 4, CELLS)
+    instances = Instances((512, 512), gt_boxes=Boxes(torch.tensor(BOXES)), gt_classes=torch.tensor([1, 40, 79]))
+    sizes = [[4 * stride * 2 ** (i / 3) for i in range(3)] for stride in strides]
+    found = []
+    for swap in (lambda model: model, accelerate):
+        model = RetinaNet(
+            backbone=Nothing(),
+            head=nn.Identity(),
+            head_in_features=[],
+            anchor_generator=DefaultAnchorGenerator(sizes=sizes, aspect_ratios=[0.5, 1.0, 2.0], strides=strides),
+            box2box_transform=Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+            anchor_matcher=Matcher([0.4, 0.5], [0, -1, 1], allow_low_quality_matches=True),
+            num_classes=classes,
+            pixel_mean=[0.0] * 3,
+            pixel_std=[1.0] * 3,
+        )
+
+        def total(model: nn.Module) -> Tensor:
+            with EventStorage():
+                losses = model.forward_training(None, logits, (logits, deltas), [instances] * images)  # type: ignore[operator]
+            return torch.stack(list(losses.values())).sum()
+
+        found.append(step([*logits, *deltas], total, swap(model)))
+    yield f"detectron2 RetinaNet, all losses and matching, 512x512, N={images}, A=9, K={classes}", found[0], found[1]
+
+
+def mmdet() -> Iterator[tuple[str, Step, Step]]:
+    from unittest.mock import MagicMock
+
+    sys.modules.setdefault("mmcv._ext", MagicMock())  # mmcv-lite has no compiled part, and none of it is called here
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import ConfigDict
+    from mmengine.structures import InstanceData
+
+    from fastfocal.compat.mmdet import accelerate
+
+    register_all_modules()
+    classes, images = 80, 2
+    assigner = {
+        "type": "MaxIoUAssigner",
+        "pos_iou_thr": 0.5,
+        "neg_iou_thr": 0.4,
+        "min_pos_iou": 0,
+        "ignore_iof_thr": -1,
+    }
+    anchors = {
+        "octave_base_scale": 4,
+        "scales_per_octave": 3,
+        "ratios": [0.5, 1.0, 2.0],
+        "strides": [512 // h for h, _ in CELLS],
+    }
+    config = ConfigDict(
+        type="RetinaHead",
+        num_classes=classes,
+        in_channels=8,
+        feat_channels=8,
+        stacked_convs=1,
+        loss_cls={"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25, "loss_weight": 1.0},
+        anchor_generator={"type": "AnchorGenerator", **anchors},
+        train_cfg={"assigner": assigner, "sampler": {"type": "PseudoSampler"}, "allowed_border": -1, "pos_weight": -1},
+    )
+    logits, deltas = levels(images, 9 * classes, CELLS), levels(images, 9 * 4, CELLS)
+    objects = [InstanceData(bboxes=torch.tensor(BOXES), labels=torch.tensor([1, 40, 79]))] * images
+    metas = [{"img_shape": (512, 512), "pad_shape": (512, 512)}] * images
+
+    def total(head: nn.Module) -> Tensor:
+        losses = head.loss_by_feat(logits, deltas, objects, metas)  # type: ignore[operator]
+        return torch.stack([*losses["loss_cls"], *losses["loss_bbox"]]).sum()
+
+    theirs, ours = (
+        step([*logits, *deltas], total, h) for h in (MODELS.build(config), accelerate(MODELS.build(config)))
+    )
+    yield f"mmdet RetinaHead, all losses and matching, 512x512, N={images}, A=9, K={classes}", theirs, ours
+
+
 def transformers() -> Iterator[tuple[str, Step, Step]]:
     from transformers.loss.loss_for_object_detection import sigmoid_focal_loss
 
@@ -140,7 +244,10 @@ def main() -> None:
         "| | host | fastfocal | faster | peak extra memory |",
         "|---|--:|--:|--:|--:|",
     ]
-    for rows in (effdet, kuangliu, transformers, ultralytics):
+    for rows in (detectron2, mmdet, effdet, kuangliu, transformers, ultralytics):
+        if importlib.util.find_spec(rows.__name__) is None and rows is not kuangliu:
+            lines.append(f"| {rows.__name__}: not installed | | | | |")
+            continue
         for name, theirs, ours in rows():
             (slow, fast), (much, little) = measure((theirs, ours), arguments.seconds)
             lines.append(
