@@ -213,22 +213,22 @@ class Operators(Copy):
     def __init__(self, case: Case, sets: list[Inputs]) -> None:
         super().__init__(case, sets)
         call = Call(case, sets[:1], fast)
-        library = fastfocal.ops.library
+        operators = fastfocal.ops.operators
         self.recorded: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
         class Recorder:
             def __getattr__(_, name: str) -> Callable[..., Any]:  # noqa: N805
                 def operator(*args: Any) -> Any:
-                    self.recorded.append((getattr(library, name), args))
-                    return getattr(library, name)(*args)
+                    self.recorded.append((getattr(operators, name), args))
+                    return getattr(operators, name)(*args)
 
                 return operator
 
-        fastfocal.ops.library = Recorder()
+        fastfocal.ops.operators = Recorder()
         try:
             call()
         finally:
-            fastfocal.ops.library = library
+            fastfocal.ops.operators = operators
         self.result_of_last: Any = None
 
     def __call__(self) -> None:

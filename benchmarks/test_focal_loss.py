@@ -130,7 +130,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
     """Check, memory, time, in this order."""
     for module in row.needs:
         pytest.importorskip(module)
-    if not fits(row, case, device):
+    if not fits(row, case, device):  # 1e9 logits, or an eager loop over 1e8: how far a machine gets is its own matter
         pytest.skip(f"{row.name} of {case.name} does not fit into memory")
     fix_allocator(case.logit_bytes)
     sets = inputs_of(case, device)

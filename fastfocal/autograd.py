@@ -76,20 +76,20 @@ class FocalLossFunction(torch.autograd.Function):
             for t, d in zip(logits, dense, strict=True)
         ]
         if mode == "recompute":
-            losses, _ = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, [0] * len(dense)))
+            losses, _ = ops.operators.focal_loss(dense, *options(plan, operands, soft_targets, [0] * len(dense)))
             ctx.present = [t is not None for t in operands]
             ctx.soft = len(soft_targets)
             ctx.save_for_backward(*dense, *soft_targets, *(t for t in operands if t is not None))
         elif mode == "inplace":
             losses = ops.new_losses(dense, plan.reduction)
-            ops.library.focal_loss_(dense, losses, *options(plan, operands, soft_targets, needs_grad))
+            ops.operators.focal_loss_(dense, losses, *options(plan, operands, soft_targets, needs_grad))
             overwritten = [t for t, need in zip(dense, needs_grad, strict=True) if need]
             # Whoever saved these logits for a backward of their own must hear that they are gone.
             torch.autograd.graph.increment_version(overwritten)
             empty = dense[0].new_empty(0)
             ctx.save_for_backward(*(t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)))
         else:
-            losses, gradients = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, needs_grad))
+            losses, gradients = ops.operators.focal_loss(dense, *options(plan, operands, soft_targets, needs_grad))
             # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
             # without a copy.
             ctx.save_for_backward(*gradients)
@@ -117,7 +117,7 @@ class FocalLossFunction(torch.autograd.Function):
                 ]
             else:
                 incoming = list(grad_outputs)
-            gradients = ops.library.focal_loss_backward(
+            gradients = ops.operators.focal_loss_backward(
                 incoming, dense, *options(plan, operands, soft_targets, needs_grad)
             )
         elif plan.reduction == ops.NONE:
@@ -129,9 +129,9 @@ class FocalLossFunction(torch.autograd.Function):
                 gradients[level] = product
         elif graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
-            gradients = ops.library.scale_gradients(gradients, grad_outputs[0], plan.reduction)
+            gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], plan.reduction)
         else:
-            ops.library.scale_gradients_(gradients, grad_outputs[0], plan.reduction)
+            ops.operators.scale_gradients_(gradients, grad_outputs[0], plan.reduction)
         found = [
             in_memory_order_of(t, strides) if need else None
             for t, need, strides in zip(gradients, needs_grad, ctx.strides, strict=True)
@@ -145,5 +145,5 @@ def focal_loss(
     """The operator, recorded by autograd where a gradient is wanted."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in logits):
         return FocalLossFunction.apply(mode, plan, operands, dense, soft_targets, *logits)
-    losses, _ = ops.library.focal_loss(dense, *options(plan, operands, soft_targets, []))
+    losses, _ = ops.operators.focal_loss(dense, *options(plan, operands, soft_targets, []))
     return tuple(losses)

@@ -202,7 +202,7 @@ def pyramid_loss(
         soft_targets = arguments.check_soft_targets(targets, dense)
     else:
         labels = arguments.check_labels(targets, dense, classes)
-        codes, counted = ops.library.label_codes(labels, dense, classes, background, ignore_index, count, 1.0)
+        codes, counted = ops.operators.label_codes(labels, dense, classes, background, ignore_index, count, 1.0)
         if count != ops.COUNT_NOTHING:
             divisor = counted
 

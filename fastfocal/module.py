@@ -51,6 +51,7 @@ class FastFocalLoss(nn.Module):
         ema_momentum: float | None = None,
     ) -> None:
         super().__init__()
+        # Their places in the signature are kept, so that nothing moves when they come; to ignore them would train wrongly.
         if sync_normalizer or ema_momentum is not None:
             name = "sync_normalizer" if sync_normalizer else "ema_momentum"
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")

@@ -1,6 +1,6 @@
 """Loads the compiled extension and gives its operators their shape functions, which ``torch.compile`` needs.
 
-Everything else calls the operators through `library`, so that a test can point it at another build of them.
+Everything else calls them through `operators`, so that a test can point it at another build of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ except ImportError as error:
         f"torch it is to run with (torch {torch.__version__} here). The loader said: {error}"
     ) from error
 
-library: Any = torch.ops.fastfocal
+operators: Any = torch.ops.fastfocal
 
 # Family, Reduction and Count in csrc/.
 FOCAL_LOSS, FOCAL_LOSS_STAR = range(2)

@@ -22,7 +22,7 @@ def use_operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         if namespace not in registered:
             fastfocal.ops.register_shapes(namespace)
             registered.add(namespace)
-        monkeypatch.setattr(fastfocal.ops, "library", getattr(torch.ops, namespace))
+        monkeypatch.setattr(fastfocal.ops, "operators", getattr(torch.ops, namespace))
 
     return use
 

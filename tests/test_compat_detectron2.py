@@ -175,7 +175,7 @@ def test_state_dict_and_inference_are_unchanged(model: nn.Module) -> None:
 
 
 def test_errors(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="found neither in a Linear"):
+    with pytest.raises(ValueError, match="found none in a Linear"):
         compat.accelerate(nn.Linear(1, 1))
     model.__class__ = type("Own", (type(model),), {})
     with pytest.raises(ValueError, match="found the subclass Own"):

@@ -23,6 +23,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 import fastfocal
+from fastfocal.compat import swaps
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -112,7 +113,7 @@ class FastFCOS(fcos.FCOS):  # type: ignore[misc]
         return losses
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {retinanet.RetinaNet: FastRetinaNet, fcos.FCOS: FastFCOS}
+_FAST: swaps.Swaps = {retinanet.RetinaNet: FastRetinaNet, fcos.FCOS: FastFCOS}
 
 
 def accelerate(model: Model) -> Model:
@@ -124,26 +125,13 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: neither is in it, or one is that was subclassed.
     """
-    found = [m for m in model.modules() if isinstance(m, tuple(_FAST))]
-    if not found:
-        raise ValueError(f"model: expected detectron2's RetinaNet or FCOS, found neither in a {type(model).__name__}")
-    for detector in found:
-        if type(detector) not in (*_FAST, *_FAST.values()):
-            raise ValueError(
-                f"model: expected detectron2's own detectors, found the subclass {type(detector).__name__}"
-            )
-    for detector in found:
-        detector.__class__ = _FAST.get(type(detector), type(detector))
-    return model
+    return swaps.accelerate(model, _FAST, "model", "detectron2's RetinaNet or FCOS")
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`; the running mean goes on as a number."""
-    stock = {fast: slow for slow, fast in _FAST.items()}
     for module in model.modules():
-        if type(module) in stock:
-            module.__class__ = stock[type(module)]
-            mean = getattr(module, "loss_normalizer", None)
-            if isinstance(mean, Tensor):
-                module.loss_normalizer = mean.item()  # type: ignore[assignment]
-    return model
+        mean = getattr(module, "loss_normalizer", None)
+        if type(module) in _FAST.values() and isinstance(mean, Tensor):
+            module.loss_normalizer = mean.item()  # type: ignore[assignment]
+    return swaps.restore(model, _FAST)

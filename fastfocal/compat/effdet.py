@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfocal
+from fastfocal.compat import swaps
 from fastfocal.compat.conventions import NEGATIVE_BACKGROUND
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -66,6 +67,9 @@ class FastDetectionLoss(effdet.loss.DetectionLoss):  # type: ignore[misc]
         return cls_loss + self.box_loss_weight * box_loss, cls_loss, box_loss
 
 
+_FAST: swaps.Swaps = {effdet.loss.DetectionLoss: FastDetectionLoss}
+
+
 def accelerate(model: Model) -> Model:
     """Makes fastfocal compute the classification loss of every effdet DetectionLoss inside `model`, such as a DetBenchTrain.
 
@@ -73,19 +77,11 @@ def accelerate(model: Model) -> Model:
         The same model; its losses have changed their class and nothing else.
 
     Raises:
-        ValueError: no DetectionLoss of effdet is in it.
+        ValueError: no DetectionLoss of effdet is in it, or one is that was subclassed.
     """
-    losses = [m for m in model.modules() if type(m) in (effdet.loss.DetectionLoss, FastDetectionLoss)]
-    if not losses:
-        raise ValueError(f"model: expected one with effdet's DetectionLoss, found none in a {type(model).__name__}")
-    for loss in losses:
-        loss.__class__ = FastDetectionLoss
-    return model
+    return swaps.accelerate(model, _FAST, "model", "effdet's DetectionLoss")
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`."""
-    for module in model.modules():
-        if type(module) is FastDetectionLoss:
-            module.__class__ = effdet.loss.DetectionLoss
-    return model
+    return swaps.restore(model, _FAST)

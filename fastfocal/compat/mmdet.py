@@ -25,6 +25,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 import fastfocal
+from fastfocal.compat import swaps
 from fastfocal.compat.conventions import IGNORED
 from fastfocal.ops import accumulation_dtype
 
@@ -178,7 +179,7 @@ class FastFCOSHead(OneCall, FCOSHead):  # type: ignore[misc]
     """mmdet's FCOSHead."""
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
+_FAST: swaps.Swaps = {
     RetinaHead: FastRetinaHead,
     ATSSHead: FastATSSHead,
     FCOSHead: FastFCOSHead,
@@ -201,23 +202,12 @@ def accelerate(model: Model) -> Model:
         The same model; its heads have changed their class and nothing else.
 
     Raises:
-        ValueError: none of them is in it (subclasses take the mixin `OneCall` themselves), or its loss is no focal loss.
+        ValueError: none of them is in it, one is that was subclassed (which takes the mixin `OneCall` itself), or its loss is
+            no focal loss.
     """
-    heads = [m for m in model.modules() if type(m) in (*_FAST, *_FAST.values())]
-    if not heads:
-        raise ValueError(
-            f"model: expected mmdet's RetinaHead, ATSSHead or FCOSHead, found none in a {type(model).__name__}"
-        )
-    for head in heads:
-        check_loss(head)
-    for head in heads:
-        head.__class__ = _FAST.get(type(head), type(head))
-    return model
+    return swaps.accelerate(model, _FAST, "model", "mmdet's RetinaHead, ATSSHead or FCOSHead", check_loss)
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`."""
-    stock = {fast: slow for slow, fast in _FAST.items()}
-    for module in model.modules():
-        module.__class__ = stock.get(type(module), type(module))
-    return model
+    return swaps.restore(model, _FAST)

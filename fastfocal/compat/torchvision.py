@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet
 
 import fastfocal
+from fastfocal.compat import swaps
 from fastfocal.compat.conventions import labels_of_matches
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -83,7 +84,7 @@ class FastFCOSHead(fcos.FCOSHead):  # type: ignore[misc]
         return {**losses, "classification": loss}
 
 
-_ACCELERATED: dict[type[nn.Module], type[nn.Module]] = {
+_ACCELERATED: swaps.Swaps = {
     retinanet.RetinaNetClassificationHead: FastRetinaNetClassificationHead,
     fcos.FCOSClassificationHead: FastFCOSClassificationHead,
     fcos.FCOSHead: FastFCOSHead,
@@ -105,18 +106,7 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: no head of torchvision's RetinaNet or FCOS is in it, or one is that was subclassed.
     """
-    heads = [m for m in model.modules() if isinstance(m, tuple(_ACCELERATED))]
-    if not heads:
-        raise ValueError(
-            f"model: expected one with torchvision's RetinaNetClassificationHead or FCOSHead, found none in a "
-            f"{type(model).__name__}"
-        )
-    for head in heads:
-        if type(head) not in (*_ACCELERATED, *_ACCELERATED.values()):
-            raise ValueError(f"model: expected torchvision's own heads, found the subclass {type(head).__name__}")
-    for head in heads:
-        head.__class__ = _ACCELERATED.get(type(head), type(head))
-    return model
+    return swaps.accelerate(model, _ACCELERATED, "model", "torchvision's RetinaNetClassificationHead or FCOSHead")
 
 
 def restore(model: Model) -> Model:
@@ -128,10 +118,7 @@ def restore(model: Model) -> Model:
     Returns:
         The same model.
     """
-    originals = {fast: original for original, fast in _ACCELERATED.items()}
-    for module in model.modules():
-        module.__class__ = originals.get(type(module), type(module))
-    return model
+    return swaps.restore(model, _ACCELERATED)
 
 
 @contextmanager

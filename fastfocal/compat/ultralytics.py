@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ultralytics.utils import loss as host
 
 import fastfocal
+from fastfocal.compat import swaps
 
 Criterion = TypeVar("Criterion", bound=nn.Module)
 
@@ -66,7 +67,7 @@ def _focal_loss(logits: Tensor, targets: Tensor, alpha: float | None, gamma: flo
     return loss.to(logits.dtype)
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {host.FocalLoss: FastFocalLoss, host.VarifocalLoss: FastVarifocalLoss}
+_FAST: swaps.Swaps = {host.FocalLoss: FastFocalLoss, host.VarifocalLoss: FastVarifocalLoss}
 
 
 def accelerate(criterion: Criterion) -> Criterion:
@@ -76,21 +77,11 @@ def accelerate(criterion: Criterion) -> Criterion:
         The same criterion; its losses have changed their class and nothing else.
 
     Raises:
-        ValueError: there is neither a FocalLoss nor a VarifocalLoss of ultralytics in it.
+        ValueError: there is neither a FocalLoss nor a VarifocalLoss of ultralytics in it, or one that was subclassed.
     """
-    losses = [m for m in criterion.modules() if type(m) in (*_FAST, *_FAST.values())]
-    if not losses:
-        raise ValueError(
-            f"criterion: expected one with ultralytics' FocalLoss or VarifocalLoss, found none in a {type(criterion).__name__}"
-        )
-    for loss in losses:
-        loss.__class__ = _FAST.get(type(loss), type(loss))
-    return criterion
+    return swaps.accelerate(criterion, _FAST, "criterion", "ultralytics' FocalLoss or VarifocalLoss")
 
 
 def restore(criterion: Criterion) -> Criterion:
     """Undoes `accelerate`."""
-    stock = {fast: slow for slow, fast in _FAST.items()}
-    for module in criterion.modules():
-        module.__class__ = stock.get(type(module), type(module))
-    return criterion
+    return swaps.restore(criterion, _FAST)
