@@ -199,6 +199,70 @@ def transformers() -> Iterator[tuple[str, Step, Step]]:
         theirs, ours = (step([logits], f, logits, targets, 12.0) for f in (sigmoid_focal_loss, mean_focal_loss))
         yield f"transformers sigmoid_focal_loss, N=2, {queries} queries, K=91", theirs, ours
 
+    from transformers import RTDetrConfig
+    from transformers.loss.loss_rt_detr import RTDetrLoss
+
+    from fastfocal.compat.transformers import varifocal_loss
+
+    images, queries, objects = 4, 300, 20
+    logits = (torch.randn(images, queries, 80) - 3).requires_grad_()
+    outputs = {"logits": logits, "pred_boxes": torch.rand(images, queries, 4)}
+    targets = [{"class_labels": torch.randint(80, (objects,)), "boxes": torch.rand(objects, 4)} for _ in range(images)]
+    indices = [(torch.randperm(queries)[:objects], torch.arange(objects)) for _ in range(images)]
+    criterion = RTDetrLoss(RTDetrConfig(num_labels=80))
+
+    def loss_of(function: Callable[..., dict[str, Tensor]], *given: Any) -> Tensor:
+        return function(*given)["loss_vfl"]
+
+    given = (outputs, targets, indices, float(images * objects))
+    theirs = step([logits], loss_of, criterion.loss_labels_vfl, *given)
+    ours = step([logits], loss_of, varifocal_loss, criterion, *given)
+    yield f"transformers RTDetrLoss.loss_labels_vfl, N={images}, {queries} queries, K=80", theirs, ours
+
+
+def torchvision() -> Iterator[tuple[str, Step, Step]]:
+    from torchvision.ops import sigmoid_focal_loss
+
+    import fastfocal
+
+    shape = (2, 9 * sum(h * w for h, w in CELLS), 91)
+    logits, targets = (torch.randn(shape) - 3).requires_grad_(), (torch.rand(shape) < 5e-5).float()
+    functions = (sigmoid_focal_loss, fastfocal.sigmoid_focal_loss)
+    theirs, ours = (step([logits], f, logits, targets, 0.25, 2.0, "sum") for f in functions)
+    yield "torchvision sigmoid_focal_loss, the function alone, 512x512, N=2, A=9, K=91", theirs, ours
+
+
+def segmentation() -> Iterator[tuple[str, Step, Step]]:
+    from kornia.losses import binary_focal_loss_with_logits
+    from monai.losses import FocalLoss as MonaiFocalLoss
+    from segmentation_models_pytorch.losses import FocalLoss
+
+    import fastfocal
+
+    classes = 21
+    logits, labels = (torch.randn(4, classes, 256, 256) - 1).requires_grad_(), torch.randint(classes, (4, 256, 256))
+    masks = (torch.rand_like(logits) < 0.1).float()
+    options = {"num_classes": classes, "reduction": "mean"}
+    case = f"N=4, K={classes}, 256x256"
+    theirs = step([logits], FocalLoss("multiclass", alpha=0.25), logits, labels)
+    yield (
+        f"segmentation-models-pytorch FocalLoss, multiclass, {case}",
+        theirs,
+        step([logits], lambda: fastfocal.focal_loss(logits, labels, **options)),
+    )
+    theirs = step([logits], lambda: binary_focal_loss_with_logits(logits, masks, 0.25, 2.0, "mean"))
+    yield (
+        f"kornia binary_focal_loss_with_logits, {case}",
+        theirs,
+        step([logits], lambda: fastfocal.sigmoid_focal_loss(logits, masks, reduction="mean")),
+    )
+    theirs = step([logits], MonaiFocalLoss(to_onehot_y=True), logits, labels.unsqueeze(1))
+    yield (
+        f"MONAI FocalLoss, {case}",
+        theirs,
+        step([logits], lambda: fastfocal.focal_loss(logits, labels, alpha=None, **options)),
+    )
+
 
 def ultralytics() -> Iterator[tuple[str, Step, Step]]:
     from ultralytics.utils.loss import FocalLoss, VarifocalLoss
@@ -244,8 +308,9 @@ def main() -> None:
         "| | host | fastfocal | faster | peak extra memory |",
         "|---|--:|--:|--:|--:|",
     ]
-    for rows in (detectron2, mmdet, effdet, kuangliu, transformers, ultralytics):
-        if importlib.util.find_spec(rows.__name__) is None and rows is not kuangliu:
+    for rows in (torchvision, detectron2, mmdet, effdet, kuangliu, transformers, ultralytics, segmentation):
+        package = {kuangliu: "torch", segmentation: "monai"}.get(rows, rows.__name__)
+        if importlib.util.find_spec(package) is None:
             lines.append(f"| {rows.__name__}: not installed | | | | |")
             continue
         for name, theirs, ours in rows():

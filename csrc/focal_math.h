@@ -23,6 +23,9 @@
 //   p - y = s (u - e r)                 1 - 2 y = s (2 u - 1)            p (1 - p) / w = e r / (u + e (1 - u))
 //   d/dx  = s w^gamma [(u - e r) + gamma ce (2 u - 1) e r / (u + e (1 - u))]
 //
+// Where the modulating factor q^gamma is a constant for the gradient (detach_modulating_factor), the terms with gamma in front are
+// left out of it.
+//
 // alpha is a weight of the two classes and stays outside: kernels multiply it in with the other weights.
 //
 // V is float, double or a vector of floats (cpu/vec.h); S is its scalar. A type needs these, found by overload:
@@ -319,6 +322,7 @@ FASTFOCAL_HD V weigh(V loss, W weight) {
 // What a member of the family is told besides logits and targets.
 struct Parameters {
   double gamma, label_smoothing, beta;
+  bool detach_modulating_factor;
 };
 
 enum class Gamma { kTwo, kAny };
@@ -333,15 +337,15 @@ enum class Accuracy { kFloat, kSixteenBits };
 // is to be counted.
 template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy = Accuracy::kFloat>
 struct FocalLoss {
-  S gamma;
-  Multiple<S> multiple;  // read only with kAny
+  S gamma;               // of the slope alone: 0 where q^gamma counts as a constant, whose derivative is left out
+  Multiple<S> multiple;  // of the power, with kAny
   S half_smoothing;      // h; read only with kSmoothing
 
   FocalLoss() = default;
   // In short_term() the multiple is one of a logarithm that may be infinite: 0 times that would be NaN.
   FASTFOCAL_HD explicit FocalLoss(const Parameters& parameters)
-      : gamma(S(parameters.gamma)),
-        multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(gamma, S(1e-30)) : gamma),
+      : gamma(parameters.detach_modulating_factor ? S(0) : S(parameters.gamma)),
+        multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(S(parameters.gamma), S(1e-30)) : S(parameters.gamma)),
         half_smoothing(S(parameters.label_smoothing) / 2) {}
 
   template <class V>
@@ -385,7 +389,7 @@ struct FocalLoss {
       const V hi = V(multiple.gamma) * log_w;
       const V lo = product_error(V(multiple.gamma), log_w, hi);
       const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, lo));
-      power = select(V(gamma) < smallest_normal<V>(), one, any);
+      power = select(V(multiple.gamma) < smallest_normal<V>(), one, any);
     }
     const V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w
     const V bend = (V(gamma) * ratio) * at_most(ce, V(S(kLarge)));
@@ -418,7 +422,7 @@ struct FocalLoss {
     const float ce = fused_multiply_add(e, ratio, at_least(z, 0.0f));
     float power = q * q;
     if constexpr (kGamma == Gamma::kAny)
-      power = exp_shortly(fused_multiply_add(-e, ratio, at_most(z, 0.0f)), gamma, multiple.binary);
+      power = exp_shortly(fused_multiply_add(-e, ratio, at_most(z, 0.0f)), multiple.gamma, multiple.binary);
     const float gamma_p = fused_multiply_add(-gamma, q, gamma);
     return {power * ce, power * fused_multiply_add(gamma_p, at_most(ce, 100.0f), q)};
   }
@@ -437,7 +441,7 @@ struct FocalLoss {
       power = q * q;
     } else {
       // Smoothing leaves a far logit a loss of q^gamma times |z|.
-      const S least = exp_least<S>() / (kSmoothing ? at_least(at_most(gamma, S(1)), S(1e-28)) : S(1));
+      const S least = exp_least<S>() / (kSmoothing ? at_least(at_most(multiple.gamma, S(1)), S(1e-28)) : S(1));
       const V below = select(right, at_least(minus_absolute(z), V(least)), zero);
       power = exp_of_multiple(multiple, below, log1p_unit(e));
     }

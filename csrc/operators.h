@@ -36,7 +36,7 @@ using Tensors = std::vector<Tensor>;
 #define FASTFOCAL_OPTIONS_SCHEMA                                                                             \
   "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_alpha, Tensor? divisor, "      \
   "float[] level_scales, float positive_weight, float negative_weight, float gamma, float label_smoothing, " \
-  "int family, float beta, int num_classes, int reduction, int[] needs_grad"
+  "bool detach_modulating_factor, int family, float beta, int num_classes, int reduction, int[] needs_grad"
 
 inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
@@ -69,16 +69,16 @@ struct Options {
   }
 };
 
-#define FASTFOCAL_OPTIONS_PARAMETERS                                                                                     \
-  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                                \
-      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,                \
-      double positive_weight, double negative_weight, double gamma, double label_smoothing, int64_t family, double beta, \
-      int64_t num_classes, int64_t reduction, std::vector<int64_t> needs_grad
-#define FASTFOCAL_OPTIONS                                                                                            \
-  Options {                                                                                                          \
-    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight,        \
-        static_cast<Family>(family), {gamma, label_smoothing, beta}, num_classes, static_cast<Reduction>(reduction), \
-        needs_grad                                                                                                   \
+#define FASTFOCAL_OPTIONS_PARAMETERS                                                                                       \
+  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                                  \
+      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,                  \
+      double positive_weight, double negative_weight, double gamma, double label_smoothing, bool detach_modulating_factor, \
+      int64_t family, double beta, int64_t num_classes, int64_t reduction, std::vector<int64_t> needs_grad
+#define FASTFOCAL_OPTIONS                                                                                     \
+  Options {                                                                                                   \
+    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight, \
+        static_cast<Family>(family), {gamma, label_smoothing, beta, detach_modulating_factor}, num_classes,   \
+        static_cast<Reduction>(reduction), needs_grad                                                         \
   }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -236,6 +236,11 @@ def check_numbers(gamma: float, label_smoothing: float, loss_weight: float) -> N
     check_loss_weight(loss_weight)
 
 
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
 def check_star(gamma: float, beta: float) -> None:
     for name, value in (("gamma", gamma), ("beta", beta)):
         if not isinstance(value, (int, float)):

@@ -21,6 +21,7 @@ class Plan(NamedTuple):
     negative_weight: float
     gamma: float
     label_smoothing: float
+    detach_modulating_factor: bool
     family: int
     beta: float
     num_classes: int

@@ -25,6 +25,7 @@ def focal_loss(
     weight: Levels | None = None,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    detach_modulating_factor: bool = False,
     normalizer: str | float | Tensor | None = "positives",
     reduction: str = "sum",
     grad_mode: str = "auto",
@@ -57,6 +58,8 @@ def focal_loss(
         level_weights: L numbers, one for each level.
         label_smoothing: s in [0, 1]; the target inside the cross entropy becomes ``y (1 - s) + s / 2``, alpha and the
             modulating factor keep y (as in apex and effdet).
+        detach_modulating_factor: True: the gradient takes ``(1 - p_t)^gamma`` for a constant weight, as where a detector
+            computes it from detached logits (RT-DETR's varifocal loss). The loss is the same.
         normalizer: what the sum is divided by. ``"positives"``: max(1, positives over all levels and images);
             ``"positives_per_image"``: each image by its own max(1, count), then the mean over images (torchvision's
             RetinaNet); None: 1; a number > 0; a 0-d tensor; a tensor ``(N,)``, a divisor for each image. Tensors stay on their
@@ -80,8 +83,9 @@ def focal_loss(
             label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
     """
     arguments.check_numbers(gamma, label_smoothing, loss_weight)
+    arguments.check_flag("detach_modulating_factor", detach_modulating_factor)
     return pyramid_loss(
-        Formula(ops.FOCAL_LOSS, gamma, label_smoothing),
+        Formula(ops.FOCAL_LOSS, gamma, label_smoothing, detach_modulating_factor),
         logits,
         targets,
         num_classes=num_classes,
@@ -159,6 +163,7 @@ class Formula(NamedTuple):
     family: int
     gamma: float
     label_smoothing: float = 0.0
+    detach_modulating_factor: bool = False
     beta: float = 0.0
 
 
@@ -212,6 +217,7 @@ def pyramid_loss(
         negative_weight=negative,
         gamma=float(formula.gamma),
         label_smoothing=float(formula.label_smoothing),
+        detach_modulating_factor=formula.detach_modulating_factor,
         family=formula.family,
         beta=float(formula.beta),
         num_classes=classes,

@@ -21,8 +21,8 @@ class FastFocalLoss(nn.Module):
 
     Args:
         num_classes: K, the foreground classes.
-        alpha, gamma, background_index, ignore_index, level_weights, label_smoothing, normalizer, reduction, grad_mode,
-            loss_weight: as :func:`fastfocal.focal_loss` takes them.
+        alpha, gamma, background_index, ignore_index, level_weights, label_smoothing, detach_modulating_factor, normalizer,
+            reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
         sync_normalizer: mean of the count over the ranks of the default process group; not there yet.
         ema_momentum: running mean of the normalizer; not there yet.
 
@@ -43,6 +43,7 @@ class FastFocalLoss(nn.Module):
         ignore_index: int = -1,
         level_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
+        detach_modulating_factor: bool = False,
         normalizer: str | float | Tensor | None = "positives",
         reduction: str = "sum",
         grad_mode: str = "auto",
@@ -58,6 +59,7 @@ class FastFocalLoss(nn.Module):
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
         arguments.check_numbers(gamma, label_smoothing, loss_weight)
+        arguments.check_flag("detach_modulating_factor", detach_modulating_factor)
         arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
         arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
         arguments.check_indices(background_index, ignore_index, num_classes)
@@ -73,6 +75,7 @@ class FastFocalLoss(nn.Module):
         self.ignore_index = ignore_index
         self.level_weights = None if level_weights is None else [float(w) for w in level_weights]
         self.label_smoothing = label_smoothing
+        self.detach_modulating_factor = detach_modulating_factor
         self.normalizer = normalizer
         self.reduction = reduction
         self.grad_mode = grad_mode
@@ -104,7 +107,13 @@ class FastFocalLoss(nn.Module):
         )
 
     def _loss(self, logits: Levels, targets: Levels, **options: Any) -> Tensor | list[Tensor]:
-        return focal_loss(logits, targets, label_smoothing=self.label_smoothing, **options)
+        return focal_loss(
+            logits,
+            targets,
+            label_smoothing=self.label_smoothing,
+            detach_modulating_factor=self.detach_modulating_factor,
+            **options,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
         before = self.class_alpha

@@ -36,6 +36,7 @@ def focal_loss(
     weight: Tensor | Sequence[Tensor] | None = None,
     level_weights: Sequence[float] | Tensor | None = None,
     label_smoothing: float = 0.0,
+    detach_modulating_factor: bool = False,
     normalizer: str | float | Tensor | None = "positives",
     reduction: str = "sum",
     grad_mode: str = "auto",
@@ -66,6 +67,7 @@ def focal_loss(
         level_weights: L factors, one a level.
         label_smoothing: s; the target of the cross entropy, and only that, becomes y * (1 - s) + s / 2, as in apex
             and effdet: alpha_t and the modulating factor keep y.
+        detach_modulating_factor: the modulating factor is computed from the detached logits, as RT-DETR computes its weights.
         normalizer: "positives": max(1, positives of all levels and images). "positives_per_image": each image by its
             own max(1, positives), then the mean over images, as torchvision's RetinaNet. None: 1. A number > 0, a 0-d
             tensor, or an (N,) tensor with a divisor for each image; tensors are used as they are. The strings need
@@ -82,7 +84,10 @@ def focal_loss(
     if not gamma >= 0:  # so that NaN fails
         raise ValueError(f"gamma: expected a number >= 0, got {gamma}")
     return _pyramid_loss(
-        lambda x, y: _modulating_factor(x, y, gamma) * _cross_entropy(x, y, label_smoothing),
+        lambda x, y: (
+            _modulating_factor(x.detach() if detach_modulating_factor else x, y, gamma)
+            * _cross_entropy(x, y, label_smoothing)
+        ),
         logits,
         targets,
         num_classes=num_classes,
@@ -228,6 +233,7 @@ class FastFocalLoss(nn.Module):
         ignore_index: int = -1,
         level_weights: Sequence[float] | Tensor | None = None,
         label_smoothing: float = 0.0,
+        detach_modulating_factor: bool = False,
         normalizer: str | float | Tensor | None = "positives",
         reduction: str = "sum",
         grad_mode: str = "auto",
@@ -247,6 +253,7 @@ class FastFocalLoss(nn.Module):
         self.ignore_index = ignore_index
         self.level_weights = level_weights
         self.label_smoothing = label_smoothing
+        self.detach_modulating_factor = detach_modulating_factor
         self.normalizer = normalizer
         self.reduction = reduction
         self.grad_mode = grad_mode
@@ -279,7 +286,13 @@ class FastFocalLoss(nn.Module):
     def _loss(
         self, logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], **options: Any
     ) -> Tensor | list[Tensor]:
-        return focal_loss(logits, targets, label_smoothing=self.label_smoothing, **options)
+        return focal_loss(
+            logits,
+            targets,
+            label_smoothing=self.label_smoothing,
+            detach_modulating_factor=self.detach_modulating_factor,
+            **options,
+        )
 
 
 class FastFocalLossStar(FastFocalLoss):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,13 +68,21 @@ def element_loss(
 
 
 def element_gradient(
-    x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, label_smoothing: float = 0.0
+    x: Array,
+    y: Array,
+    *,
+    alpha: Array | float | None = 0.25,
+    gamma: float = 2.0,
+    label_smoothing: float = 0.0,
+    detached: bool = False,
 ) -> tuple[Array, Array]:
     """dFL/dx by the product rule, and the sum of its terms' magnitudes.
 
     With w = 1 - p_t, dw/dx = (1 - 2y) p (1 - p) and dCE/dx = p - y', where y' is the smoothed target:
 
         dFL/dx = alpha_t * [w^gamma * (p - y') + gamma * w^(gamma - 1) * (1 - 2y) * p (1 - p) * CE]
+
+    `detached` leaves the second term out: w^gamma is then a constant weight.
 
     The terms' magnitudes say how exact a result can be where they cancel (soft or smoothed targets, never hard ones).
     """
@@ -85,7 +94,7 @@ def element_gradient(
     # w^(gamma - 1) p (1 - p) is w^gamma times p (1 - p) / w; for y in {0, 1} that quotient is 1 - p or p.
     with np.errstate(invalid="ignore", divide="ignore"):
         quotient = np.where(y == 0, not_p, np.where(y == 1, p, p * not_p / (p * (1 - y) + not_p * y)))
-    falling = gamma * (1 - 2 * y) * quotient * ce
+    falling = 0.0 if detached else gamma * (1 - 2 * y) * quotient * ce
     alpha_t = _alpha_t(y, alpha)
     gradient = alpha_t * modulating * ((p * (1 - smooth) - not_p * smooth) + falling)
     magnitude = alpha_t * modulating * (p * (1 - smooth) + not_p * smooth + np.abs(falling))
@@ -153,6 +162,7 @@ def oracle_focal_loss(
     weight: Array | Sequence[Array] | None = None,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
+    detach_modulating_factor: bool = False,
     beta: float | None = None,
     normalizer: str | float | Array | None = "positives",
     reduction: str = "sum",
@@ -213,8 +223,9 @@ def oracle_focal_loss(
         if per_anchor is not None:
             factor = factor * per_anchor[level].astype(np.float64)[n, m]
         zero = np.zeros(x.shape)
-        gradient, magnitude = (element_gradient if beta is None else star_gradient)(x, y[level], **options)
         loss_of = element_loss if beta is None else star_loss
+        gradient_of = partial(element_gradient, detached=detach_modulating_factor) if beta is None else star_gradient
+        gradient, magnitude = gradient_of(x, y[level], **options)
         losses.append(np.where(kept[level], factor * loss_of(x, y[level], **options), zero))
         grads.append(np.where(kept[level], factor * gradient, zero))
         magnitudes.append(np.where(kept[level], np.abs(factor) * magnitude, zero))

@@ -13,8 +13,16 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", exc_type=Exception)
 pytest.importorskip("scipy")  # its matchers need it
 
-from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, ResNetConfig
+from transformers import (
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+    RTDetrResNetConfig,
+)
 from transformers.loss.loss_grounding_dino import GroundingDinoImageLoss
+from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from fastfocal.compat import transformers as compat
 
@@ -49,6 +57,32 @@ def test_the_swap_is_undone_by_an_error() -> None:
     assert host.sigmoid_focal_loss is stock
 
 
+@pytest.mark.parametrize("gamma", [2.0, 1.5])
+def test_the_varifocal_loss_of_rt_detr(gamma: float) -> None:
+    """One match of disjoint boxes, whose overlap 0 makes a positive that costs nothing; one image without objects."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 9, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    boxes = (0.2 + 0.3 * torch.rand(3, 9, 4, generator=generator, dtype=torch.float64)).requires_grad_()
+    boxes.data[0, 4] = torch.tensor([0.9, 0.9, 0.1, 0.1])
+    classes, found = ([2, 6, 2], []), [torch.tensor([1, 4, 8]), torch.tensor([], dtype=torch.int64)]
+    targets = [{"class_labels": torch.tensor(k, dtype=torch.int64), "boxes": torch.zeros(len(k), 4)} for k in classes]
+    targets[0]["boxes"] = torch.tensor([[0.3, 0.3, 0.3, 0.4], [0.2, 0.2, 0.1, 0.1], [0.4, 0.4, 0.4, 0.4]]).double()
+    targets.append({"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.35, 0.3, 0.3, 0.3]]).double()})
+    indices = [(found[0], torch.tensor([2, 1, 0])), (found[1], found[1]), (torch.tensor([3]), torch.tensor([0]))]
+    criterion = RTDetrLoss(RTDetrConfig(num_labels=7, focal_loss_alpha=0.6, focal_loss_gamma=gamma))
+    given = ({"logits": logits, "pred_boxes": boxes}, targets, indices, 4)
+    theirs = criterion.loss_labels_vfl(*given)
+    with compat.fused_functions():
+        ours = criterion.loss_labels_vfl(*given)
+        assert RTDetrLoss.loss_labels_vfl is compat.varifocal_loss
+    assert RTDetrLoss.loss_labels_vfl is not compat.varifocal_loss
+    assert list(ours) == list(theirs) == ["loss_vfl"]
+    torch.testing.assert_close(ours["loss_vfl"], theirs["loss_vfl"], rtol=1e-13, atol=0)
+    mine, expected = (torch.autograd.grad(loss["loss_vfl"], logits)[0] for loss in (ours, theirs))
+    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-16)
+    assert not mine[0, 4, 6] and mine[0, 1, 2] and mine[0, 4, 0]
+
+
 def step(model: nn.Module, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     loss = model(**inputs).loss
@@ -63,6 +97,11 @@ def test_a_training_step_of_deformable_detr() -> None:
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 20, "num_labels": 7}
     config = DeformableDetrConfig(backbone_config=backbone, use_timm_backbone=False, dropout=0.0, **small, **heads)
     model = DeformableDetrForObjectDetection(config).double().eval()  # no dropout, no batch statistics
+    compare_steps(model)
+
+
+def compare_steps(model: nn.Module) -> None:
+    """Loss and every parameter's gradient, stock and fused; the second image has no object."""
     labels = [
         {
             "class_labels": torch.tensor([2, 6]),
@@ -79,6 +118,20 @@ def test_a_training_step_of_deformable_detr() -> None:
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, gradient in gradients.items():  # that of an attention's key bias is 0 but for rounding
         torch.testing.assert_close(gradient, expected[name], rtol=DOUBLE, atol=1e-12 * largest, msg=name)
+
+
+def test_a_training_step_of_rt_detr() -> None:
+    torch.manual_seed(0)
+    backbone = RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1, 1, 1, 1], layer_type="basic"
+    )
+    backbone.out_features = ["stage2", "stage3", "stage4"]
+    small = {"d_model": 32, "encoder_hidden_dim": 32, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_layers": 2}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 20, "num_labels": 7}
+    widths = {"encoder_in_channels": [16, 16, 16], "decoder_in_channels": [32, 32, 32], "num_denoising": 0}
+    config = RTDetrConfig(backbone_config=backbone, dropout=0.0, **small, **heads, **widths)
+    model = RTDetrForObjectDetection(config).double().eval()  # no dropout, no batch statistics
+    compare_steps(model)
 
 
 def test_the_criterion_of_grounding_dino() -> None:

@@ -187,6 +187,13 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], Any, tuple[object, ...]]] = {
         ("alpha", "requires_grad"),
     ),
     "smoothing_negative": (logits(), labels(), {"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1")),
+    "detach_a_number": (
+        logits(),
+        labels(),
+        {"detach_modulating_factor": 1},
+        TypeError,
+        ("detach_modulating_factor", "1"),
+    ),
     "smoothing_above_1": (logits(), labels(), {"label_smoothing": 1.5}, ValueError, ("label_smoothing", "1.5")),
     # names
     "reduction": (logits(), labels(), {"reduction": "median"}, ValueError, ("reduction", "median", "level", "sum")),
@@ -269,7 +276,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], Any, tuple[object, ...]]] = {
     ),
 }
 MODULE_ARGUMENTS = ("alpha", "gamma", "background_index", "ignore_index", "level_weights", "label_smoothing",
-                    "normalizer", "reduction", "grad_mode")  # fmt: skip
+                    "detach_modulating_factor", "normalizer", "reduction", "grad_mode")  # fmt: skip
 
 
 def tensors(value: Any) -> list[Tensor]:

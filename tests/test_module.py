@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "labels": {"background_index": 0, "ignore_index": 255},
     "level_weights": {"level_weights": [1.0, 3.0]},
     "smoothing": {"label_smoothing": 0.1},
+    "detached": {"detach_modulating_factor": True},
     "normalizer_none": {"normalizer": None},
     "normalizer_number": {"normalizer": 7.5},
     "normalizer_tensor": {"normalizer": torch.tensor([2.0, 5.0])},
@@ -55,7 +56,7 @@ def test_module_equals_function(name: str) -> None:
         results.append([loss, *torch.autograd.grad(loss.sum(), inputs)])
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
     plain = focal_loss(*problem(), num_classes=5)
-    if name not in ("defaults", "labels", "recompute"):
+    if name not in ("defaults", "labels", "recompute", "detached"):
         assert results[0][0].shape != plain.shape or results[0][0].item() != plain.item()  # the option does something
 
 
@@ -112,6 +113,7 @@ def test_signatures() -> None:
     common = {"alpha": 0.25, "gamma": 2.0, "background_index": None, "ignore_index": -1}
     late = {
         "label_smoothing": 0.0,
+        "detach_modulating_factor": False,
         "normalizer": "positives",
         "reduction": "sum",
         "grad_mode": "auto",

@@ -79,6 +79,7 @@ def problems(draw: Any) -> tuple[list[torch.Tensor], Any, dict[str, Any]]:
         "weight": draw(st.sampled_from([None, arrange(weight, size, form, rank=rank)])),
         "level_weights": draw(st.none() | st.lists(SIXTEENTHS, min_size=len(cells), max_size=len(cells))),
         "label_smoothing": draw(st.sampled_from([0.0, 0.125])),
+        "detach_modulating_factor": draw(st.booleans()),
         "normalizer": draw(st.one_of(normalizers)),
         "reduction": draw(st.sampled_from(["sum", "level", "image", "none", "mean"])),
         "loss_weight": draw(st.sampled_from([1.0, 0.75])),
