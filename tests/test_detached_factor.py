@@ -37,11 +37,12 @@ def test_accuracy_of_soft_and_smoothed_targets(
     losses_and_gradients(*hard_problem(x, "planes"), **options)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.125])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_limits(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+def test_limits(backend: Backend, dtype: torch.dtype, gamma: float, smoothing: float) -> None:
     levels, labels = hard_problem(limit_values(dtype, backend.device), "planes")
-    losses_and_gradients(levels, labels, gamma=gamma, **DETACHED)
+    losses_and_gradients(levels, labels, gamma=gamma, label_smoothing=smoothing, **DETACHED)
 
 
 @pytest.mark.parametrize("grad_mode", ["save", "recompute", "inplace"])
