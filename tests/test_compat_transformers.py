@@ -16,11 +16,13 @@ pytest.importorskip("scipy")  # its matchers need it
 from transformers import (
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
+    DFineConfig,
     ResNetConfig,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrResNetConfig,
 )
+from transformers.loss.loss_d_fine import DFineLoss
 from transformers.loss.loss_grounding_dino import GroundingDinoImageLoss
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
@@ -58,7 +60,8 @@ def test_the_swap_is_undone_by_an_error() -> None:
 
 
 @pytest.mark.parametrize("gamma", [2.0, 1.5])
-def test_the_varifocal_loss_of_rt_detr(gamma: float) -> None:
+@pytest.mark.parametrize("host", ["RT-DETR", "D-FINE"])
+def test_the_varifocal_loss_of_the_criteria(host: str, gamma: float) -> None:
     """One match of disjoint boxes, whose overlap 0 makes a positive that costs nothing; one image without objects."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 9, 7, generator=generator, dtype=torch.float64).requires_grad_()
@@ -69,7 +72,8 @@ def test_the_varifocal_loss_of_rt_detr(gamma: float) -> None:
     targets[0]["boxes"] = torch.tensor([[0.3, 0.3, 0.3, 0.4], [0.2, 0.2, 0.1, 0.1], [0.4, 0.4, 0.4, 0.4]]).double()
     targets.append({"class_labels": torch.tensor([0]), "boxes": torch.tensor([[0.35, 0.3, 0.3, 0.3]]).double()})
     indices = [(found[0], torch.tensor([2, 1, 0])), (found[1], found[1]), (torch.tensor([3]), torch.tensor([0]))]
-    criterion = RTDetrLoss(RTDetrConfig(num_labels=7, focal_loss_alpha=0.6, focal_loss_gamma=gamma))
+    made, config = {"RT-DETR": (RTDetrLoss, RTDetrConfig), "D-FINE": (DFineLoss, DFineConfig)}[host]
+    criterion = made(config(num_labels=7, focal_loss_alpha=0.6, focal_loss_gamma=gamma))
     given = ({"logits": logits, "pred_boxes": boxes}, targets, indices, 4)
     theirs = criterion.loss_labels_vfl(*given)
     with compat.fused_functions():
