@@ -242,6 +242,7 @@ class FastFocalLoss(nn.Module):
         ema_momentum: float | None = None,
     ) -> None:
         super().__init__()
+        # As in fastfocal.FastFocalLoss: kept so that nothing moves when they come; to ignore them would train wrongly.
         if sync_normalizer:
             raise NotImplementedError(f"sync_normalizer: got {sync_normalizer}, only False is implemented")
         if ema_momentum is not None:
