@@ -1,8 +1,11 @@
 // The operators on the CPU: one parallel region over the tiles of all levels, on torch's own threads.
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "../operators.h"
 #include "device.h"
@@ -39,6 +42,32 @@ const Isa& isa() {
 // Fewer tiles than this are not worth waking a second thread for (about 20 microseconds of work).
 constexpr int64_t kTilesPerThread = 4;
 
+struct Range {
+  uint32_t begin, end;
+};
+
+// A thread's share of the tiles. Its owner takes from the front, and a thread that is done with its own from the back: each
+// goes through contiguous memory, and none waits for one that was slower (threads meet different numbers of page faults,
+// cores differ, other processes run on them).
+class Share {
+ public:
+  void set(Range tiles) { tiles_.store(tiles, std::memory_order_relaxed); }
+
+  // Some of the tiles; none when none are left.
+  Range take(bool from_front) {
+    Range now = tiles_.load(std::memory_order_relaxed), taken, rest;
+    do {
+      const uint32_t n = std::min<uint32_t>(now.end - now.begin, kTilesPerThread);
+      taken = from_front ? Range{now.begin, now.begin + n} : Range{now.end - n, now.end};
+      rest = from_front ? Range{taken.end, now.end} : Range{now.begin, taken.begin};
+    } while (!tiles_.compare_exchange_weak(now, rest, std::memory_order_relaxed));
+    return taken;
+  }
+
+ private:
+  alignas(64) std::atomic<Range> tiles_;  // a cache line for each
+};
+
 }  // namespace
 
 const char* cpu_capability() { return isa().name; }
@@ -58,8 +87,27 @@ void Cpu::fresh(void* memory, size_t bytes) {
 
 void Cpu::run(const Call& call, const Tensor&) {
   const RunTiles run_tiles = isa().run_tiles;
-  torch::stable::parallel_for(0, call.levels.tiles, kTilesPerThread,
-                              [&](int64_t begin, int64_t end) { run_tiles(call, begin, end); });
+  const int64_t tiles = call.levels.tiles;
+  const int64_t useful = (tiles + kTilesPerThread - 1) / kTilesPerThread;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), useful);
+  if (threads <= 1) return run_tiles(call, 0, tiles);
+  STD_TORCH_CHECK(tiles <= UINT32_MAX, "logits: more than 2^45 of them");
+  std::vector<Share> shares(static_cast<size_t>(threads));
+  for (int64_t i = 0; i < threads; ++i)
+    shares[static_cast<size_t>(i)].set(
+        {static_cast<uint32_t>(tiles * i / threads), static_cast<uint32_t>(tiles * (i + 1) / threads)});
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t own = first; own < last; ++own) {
+      for (int64_t i = 0; i < threads; ++i) {
+        Share& share = shares[static_cast<size_t>((own + i) % threads)];
+        for (;;) {
+          const Range range = share.take(i == 0);
+          if (range.begin == range.end) break;
+          run_tiles(call, range.begin, range.end);
+        }
+      }
+    }
+  });
 }
 
 namespace {
