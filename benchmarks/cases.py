@@ -74,6 +74,9 @@ class Case:
     grad_mode: str = "save"
     targets: str = "labels"  # or "soft"
     threads: int | None = None  # None: as torch is set
+    form: str = (
+        "reduced"  # or "weighted": a weight (of 1) for each anchor; "unreduced": a loss for each logit, then their sum
+    )
 
     @property
     def name(self) -> str:
@@ -81,6 +84,7 @@ class Case:
         parts = [self.pyramid.name, str(self.dtype).removeprefix("torch."), self.layout]
         parts += [f"gamma {self.gamma:g}", self.grad_mode]
         parts += ["soft targets"] if self.targets == "soft" else []
+        parts += [self.form] if self.form != "reduced" else []
         parts += [f"threads {self.threads}"] if self.threads else []
         return ", ".join(parts)
 
@@ -89,6 +93,7 @@ class Case:
         """The same, short."""
         parts = [self.pyramid.key, str(self.dtype).removeprefix("torch."), self.layout, f"{self.gamma:g}"]
         parts += [self.grad_mode] + (["soft"] if self.targets == "soft" else [])
+        parts += [self.form] if self.form != "reduced" else []
         return "-".join(parts + ([f"threads{self.threads}"] if self.threads else []))
 
     @property
@@ -98,11 +103,14 @@ class Case:
     def bytes_moved(self) -> int:
         """The least that must move: logits read and gradient written once, targets read once.
 
-        "recompute" reads logits and targets in both directions. "inplace" moves what "save" does.
+        "recompute" reads logits and targets in both directions. "inplace" moves what "save" does. Unreduced: the losses are
+        written and read too.
         """
         targets = self.logit_bytes if self.targets == "soft" else self.pyramid.all_anchors * 8
         reads = 2 if self.grad_mode == "recompute" else 1
-        return reads * (self.logit_bytes + targets) + self.logit_bytes
+        losses = 2 * self.logit_bytes if self.form == "unreduced" else 0
+        weights = self.pyramid.all_anchors * 4 if self.form == "weighted" else 0
+        return reads * (self.logit_bytes + targets + weights) + self.logit_bytes + losses
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class Inputs:
     labels: Tensor
     soft: list[Tensor] | None
     positives: int
+    weights: Tensor  # (N, sum M), all 1
 
     @property
     def targets(self) -> Tensor | list[Tensor]:
@@ -163,7 +172,8 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
             score = torch.rand(len(image), generator=generator).to(case.dtype)
             target[image, anchor, of_level[image, anchor]] = score
             soft.append(lay_out(target, case, cells).to(device))
-    return Inputs(levels, labels.to(device), soft or None, positives)
+    weights = torch.ones(labels.shape if case.form == "weighted" else (0,), device=device)
+    return Inputs(levels, labels.to(device), soft or None, positives, weights)
 
 
 # --- the right answer ---------------------------------------------------------------------------------------------
@@ -264,6 +274,8 @@ DEFAULT = [
     replace(_MAIN, grad_mode="inplace"),
     replace(_MAIN, threads=1),
     replace(_MAIN, gamma=1.5),
+    replace(_MAIN, form="weighted"),
+    replace(_MAIN, form="unreduced", grad_mode="recompute"),
     replace(_MAIN, targets="soft"),
     replace(_MAIN, dtype=torch.bfloat16),
     replace(_MAIN, dtype=torch.float16, grad_mode="recompute"),

@@ -32,7 +32,14 @@ def _options(case: Case, inputs: Inputs) -> dict[str, Any]:
 
 
 def fast(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
-    return fastfocal.focal_loss(levels, inputs.targets, grad_mode=case.grad_mode, **_options(case, inputs))
+    options = _options(case, inputs) | {"grad_mode": case.grad_mode}
+    if case.form == "weighted":
+        options["weight"] = inputs.weights
+    if case.form != "unreduced":
+        return fastfocal.focal_loss(levels, inputs.targets, **options)
+    return torch.stack(
+        [loss.sum() for loss in fastfocal.focal_loss(levels, inputs.targets, reduction="none", **options)]
+    ).sum()
 
 
 def package_reference(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
@@ -354,7 +361,7 @@ def rows_of(case: Case, every: bool, cuda: bool) -> Iterable[Row]:
     main = case == Case("main", case.pyramid)
     # The eager loop knows no grad mode; and where it would tell nothing new it is left out by default.
     eager = case.section != "main" or (case.gamma, case.targets, case.threads) == (2, "labels", None)
-    eager = eager and case.grad_mode == "save"
+    eager = eager and case.grad_mode == "save" and case.form == "reduced"
     for row in _ROWS:
         if row.only_cuda and (not cuda or case.grad_mode == "inplace"):
             continue

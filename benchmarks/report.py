@@ -62,7 +62,7 @@ class Result:
     @property
     def problem(self) -> tuple[Any, ...]:
         """What an implementation without grad modes computes."""
-        return tuple(self.info[k] for k in ("pyramid", "dtype", "layout", "gamma", "targets", "threads"))
+        return tuple(self.info[k] for k in ("pyramid", "dtype", "layout", "gamma", "targets", "form", "threads"))
 
 
 @dataclass(frozen=True)

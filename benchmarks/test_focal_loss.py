@@ -189,6 +189,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
         gamma=case.gamma,
         grad_mode=case.grad_mode,
         targets=case.targets,
+        form=case.form,
         logits=case.pyramid.logits,
         levels=len(case.pyramid.cells),
         bytes_moved=case.bytes_moved(),

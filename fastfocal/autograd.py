@@ -47,6 +47,11 @@ def graph_is_kept() -> bool:
     return True if torch.compiler.is_compiling() or _keep_graph is None else _keep_graph()
 
 
+def is_one_number(gradient: Tensor) -> bool:
+    """Whether it is one number expanded, as sum() and mean() hand back."""
+    return not torch.compiler.is_compiling() and not any(gradient.stride())
+
+
 def in_memory_order_of(gradient: Tensor, like: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
     """A gradient for logits that were copied, in their own strides as far as dense memory can have them."""
     return (
@@ -111,13 +116,17 @@ class FocalLossFunction(torch.autograd.Function):
             soft_targets = gradients[levels : levels + ctx.soft]
             rest = gradients[levels + ctx.soft :]
             operands = Operands(*[rest.pop(0) if present else None for present in ctx.present])
-            if plan.reduction == ops.NONE:  # the kernel reads the incoming gradients in the logits' order
+            if plan.reduction != ops.NONE:
+                incoming = list(grad_outputs)
+            elif all(is_one_number(g) for g in grad_outputs):
+                plan = plan._replace(reduction=ops.LEVEL)
+                numbers = [g.as_strided((), ()) if g.numel() else g.new_zeros(()) for g in grad_outputs]
+                incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
+            else:  # the kernel reads them in the logits' order
                 incoming = [
                     g if g.stride() == t.stride() else torch.empty_like(t).copy_(g)
                     for g, t in zip(grad_outputs, dense, strict=True)
                 ]
-            else:
-                incoming = list(grad_outputs)
             gradients = ops.operators.focal_loss_backward(
                 incoming, dense, *options(plan, operands, soft_targets, needs_grad)
             )

@@ -26,6 +26,7 @@ from cases import (
     tolerance,
 )
 from torch import Tensor
+from watch import Recorder
 
 import fastfocal
 
@@ -364,3 +365,32 @@ def test_no_images(backend: Backend) -> None:
     for normalizer in ("positives", "positives_per_image", None, 2.0, torch.zeros(0, device=backend.device)):
         for reduction in ALL_REDUCTIONS:
             check(levels, labels, num_classes=5, normalizer=normalizer, reduction=reduction)
+
+
+@pytest.mark.parametrize("grad_mode", ["save", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_sum_of_elementwise_losses_reads_no_incoming_gradient(
+    backend: Backend, dtype: torch.dtype, grad_mode: str, generator: torch.Generator
+) -> None:
+    """sum() and mean() hand back one number, expanded: nothing of the logits' size is made of it."""
+    levels, labels = draw(backend, generator, dtype)
+    inputs = leaves(levels)
+    options: dict[str, Any] = {"num_classes": 5, "reduction": "none"}
+    losses = fastfocal.focal_loss(inputs, labels, grad_mode=grad_mode, **options)
+    # Powers of two, which round nothing. Level 1 gets an incoming gradient of its own for each logit.
+    factors = [2.0, 0.5, 4.0]
+    ones = [torch.full_like(loss, factor) for loss, factor in zip(losses, factors, strict=True)]
+    one_number = [loss.new_tensor(factor).expand(loss.shape) for loss, factor in zip(losses, factors, strict=True)]
+    dense = torch.autograd.grad(losses, inputs, ones, retain_graph=True)
+    mixed = torch.autograd.grad(losses, inputs, [one_number[0], ones[1], one_number[2]], retain_graph=True)
+    with Recorder(fastfocal.ops.operators.name) as recorder:
+        expanded = torch.autograd.grad(losses, inputs, one_number)
+    expected = expect(levels, labels, **options)
+    for level, want in enumerate(expected.grads):
+        for got in (dense[level], mixed[level], expanded[level]):
+            assert got.stride() == levels[level].stride()
+            size = factors[level] * expected.magnitudes[level]
+            assert_close(got, factors[level] * want, tolerance(dtype, 2.0), magnitude=size, what=f"level {level}")
+    if grad_mode == "recompute":
+        [call] = recorder.calls
+        assert sum(incoming.numel() for incoming in call.args[0]) == len(levels)

@@ -277,102 +277,204 @@ void soft_tile(const Call& call, const Tile& tile, const Formula& formula, doubl
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The general case: everything an element needs is gathered into small arrays, then computed as a vector.
+// The general case: targets and weights of a block of elements are gathered into small arrays, then computed as vectors.
 
 template <class S>
-struct Lanes;  // how many S one step takes, and how
+struct Lanes;  // how many S one step takes, and how. load, store: the first n of them
 
 template <>
 struct Lanes<float> {
   using V = Vec;
-  using M = Mask;
   static constexpr int kCount = kLanes;
-  static Vec load(const float* p) { return FASTFOCAL_ISA::load(p); }
-  static void store(float* p, Vec x) { FASTFOCAL_ISA::store(p, x); }
+  template <class T>
+  static Vec load(const T* p, int n = kCount) {
+    return n == kCount ? FASTFOCAL_ISA::load(p) : load_first(p, n);
+  }
+  template <class T>
+  static void store(T* p, Vec x, int n) {
+    n == kCount ? FASTFOCAL_ISA::store(p, x) : store_first(p, x, n);
+  }
+  struct Total {
+    Sum sum;
+    void add(Vec x) { sum.add(x); }
+    double value() const { return total(sum); }
+  };
 };
 
 template <>
 struct Lanes<double> {
   using V = double;
   static constexpr int kCount = 1;
-  static double load(const double* p) { return *p; }
-  static void store(double* p, double x) { *p = x; }
+  template <class T>
+  static double load(const T* p, int = 1) {
+    return double(*p);
+  }
+  static void store(double* p, double x, int) { *p = x; }
+  struct Total {
+    double sum = 0;
+    void add(double x) { sum += x; }
+    double value() const { return sum; }
+  };
+};
+
+// What is gathered for a block. Beyond its last element, up to a whole vector, the weights are 0.
+template <class S>
+struct Block {
+  static constexpr int kMost = 256;
+  S positive[kMost], negative[kMost];  // weights, times the scale
+  S target[kMost], ignored[kMost];     // from labels, 0 or 1
+  bool any_positive, any_ignored;
+};
+
+template <class S>
+class Gather {
+ public:
+  Gather(const Call& call, const Tile& tile, S scale)
+      : call_(call),
+        map_(call.levels, tile),
+        scale_(scale),
+        rows_(map_.layout == Layout::kClassLast && map_.classes.divisor > 1),
+        anchor_base_(call.levels.level[tile.level].first_anchor + tile.image * call.levels.level[tile.level].anchors) {}
+
+  // Elements [offset, offset + n) of the tile.
+  void operator()(uint32_t offset, int n, Block<S>* block) const {
+    const bool weighted = call_.anchor_weight != nullptr || call_.class_alpha != nullptr;
+    block->any_positive = block->any_ignored = false;
+    if (!weighted) {
+      fill(block->positive, n, scale_ * positive_weight<S>(call_, 0));
+      fill(block->negative, n, scale_ * negative_weight<S>(call_, 0));
+    }
+    if (weighted || !call_.soft) {
+      for (int i = 0, count; i < n; i += count) {
+        const Place place = map_.at(offset + uint32_t(i));
+        const int64_t anchor = anchor_base_ + place.anchor;
+        if (rows_) {
+          const int rest = int(map_.classes.divisor) - place.k;
+          count = rest < n - i ? rest : n - i;
+          if (weighted) weigh_row(anchor, place.k, i, count, block);
+          if (!call_.soft) label_row(code_at(call_, anchor), place.k, i, count, block);
+        } else {
+          const int64_t rest = map_.layout == Layout::kClassLast ? n : int64_t(map_.cells.divisor) - place.cell;
+          count = rest < n - i ? int(rest) : n - i;
+          if (weighted) weigh_plane(anchor, place.k, i, count, block);
+          if (!call_.soft) label_plane(anchor, place.k, i, count, block);
+        }
+      }
+    }
+    for (int i = n; i % Lanes<S>::kCount != 0; ++i)
+      block->target[i] = block->ignored[i] = block->positive[i] = block->negative[i] = 0;
+  }
+
+ private:
+  static void fill(S* p, int n, S x) {
+    for (int i = 0; i < n; ++i) p[i] = x;
+  }
+
+  // Classes k, k + 1, ... of one anchor.
+  void weigh_row(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
+    const S* const weights = static_cast<const S*>(call_.anchor_weight);
+    const S weight = weights == nullptr ? scale_ : scale_ * weights[anchor];
+    for (int i = 0; i < count; ++i) {
+      block->positive[begin + i] = weight * positive_weight<S>(call_, k + i);
+      block->negative[begin + i] = weight * negative_weight<S>(call_, k + i);
+    }
+  }
+  void label_row(int code, int k, int begin, int count, Block<S>* block) const {
+    fill(block->target + begin, count, S(0));
+    fill(block->ignored + begin, count, S(code == kIgnored));
+    block->any_ignored |= code == kIgnored;
+    if (code < k || code >= k + count) return;
+    block->target[begin + code - k] = 1;
+    block->any_positive = true;
+  }
+
+  // One class of this anchor and those after it.
+  void weigh_plane(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
+    const S* const weights = static_cast<const S*>(call_.anchor_weight);
+    const S positive = positive_weight<S>(call_, k), negative = negative_weight<S>(call_, k);
+    for (int i = 0; i < count; ++i) {
+      const S weight = weights == nullptr ? scale_ : scale_ * weights[anchor + i];
+      block->positive[begin + i] = weight * positive;
+      block->negative[begin + i] = weight * negative;
+    }
+  }
+  void label_plane(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
+    int positives = 0, ignored = 0;
+    for (int i = 0; i < count; ++i) {
+      const int code = code_at(call_, anchor + i);
+      block->target[begin + i] = S(code == k);
+      block->ignored[begin + i] = S(code == kIgnored);
+      positives += code == k;
+      ignored += code == kIgnored;
+    }
+    block->any_positive |= positives > 0;
+    block->any_ignored |= ignored > 0;
+  }
+
+  const Call& call_;
+  const TileMap map_;
+  const S scale_;
+  const bool rows_;  // a run of elements is an anchor's classes; else a class' anchors, as with a single class
+  const int64_t anchor_base_;
 };
 
 template <class T, class S, class Formula>
 void general_tile(const Call& call, const Tile& tile, const Formula& formula, double* partial) {
-  constexpr int kBlock = 256;
-  constexpr int kStep = Lanes<S>::kCount;
-  using V = typename Lanes<S>::V;
+  using L = Lanes<S>;
+  using V = typename L::V;
   const Level& level = call.levels.level[tile.level];
-  const S scale = S(scale_of<S>(call, tile.level, tile.image));
   const int64_t base = tile.image * level.image_logits;
-  const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
-  const T* x = static_cast<const T*>(level.logits) + base;
-  T* out = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + base;
-  const T* incoming = call.incoming_elements ? static_cast<const T*>(level.incoming) + base : nullptr;
-  const S* anchor_weight = static_cast<const S*>(call.anchor_weight);
+  const T* const x = static_cast<const T*>(level.logits) + base;
+  T* const out = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + base;
+  const T* const incoming = call.incoming_elements ? static_cast<const T*>(level.incoming) + base : nullptr;
+  const T* const soft = static_cast<const T*>(level.soft_targets) + (call.soft && !call.wide_soft_targets ? base : 0);
+  const float* const wide = static_cast<const float*>(level.soft_targets) + (call.wide_soft_targets ? base : 0);
   const bool element_loss = call.output == Output::kElementLoss;
 
-  S logit[kBlock], target[kBlock], negative[kBlock], positive[kBlock], loss[kBlock], slope[kBlock];
-  bool ignored[kBlock];
-  double sum = 0;
-  const TileMap map(call.levels, tile);
-  for (int64_t start = tile.begin; start < tile.end; start += kBlock) {
-    const int n = tile.end - start < kBlock ? int(tile.end - start) : kBlock;
-    for (int i = 0; i < n; ++i) {
-      const Place place = map.at(uint32_t(start - tile.begin) + uint32_t(i));
-      const int64_t anchor = anchor_base + place.anchor;
-      const S weight = anchor_weight == nullptr ? scale : scale * anchor_weight[anchor];
-      negative[i] = weight * negative_weight<S>(call, place.k);
-      positive[i] = weight * positive_weight<S>(call, place.k);
-      ignored[i] = false;
-      if (!call.soft) {
-        const int code = code_at(call, anchor);
-        target[i] = code == place.k ? S(1) : S(0);
-        ignored[i] = code == kIgnored;
-      } else if (call.wide_soft_targets) {
-        target[i] = S(static_cast<const float*>(level.soft_targets)[base + start + i]);
-      } else {
-        target[i] = to_float(static_cast<const T*>(level.soft_targets)[base + start + i]);
-      }
-      logit[i] = to_float(x[start + i]);
-    }
-    for (int i = n; i % kStep != 0; ++i) logit[i] = target[i] = negative[i] = positive[i] = 0;
-
-    const V half = V(S(0.5));
-    for (int i = 0; i < n; i += kStep) {
-      const V v = Lanes<S>::load(logit + i), y = Lanes<S>::load(target + i);
-      const V wn = Lanes<S>::load(negative + i), wp = Lanes<S>::load(positive + i);
+  const Gather<S> gather(call, tile, S(scale_of<S>(call, tile.level, tile.image)));
+  Block<S> block;
+  typename L::Total sum;
+  const V half = V(S(0.5)), zero = V(S(0));
+  for (int64_t start = tile.begin; start < tile.end; start += Block<S>::kMost) {
+    const int n = tile.end - start < Block<S>::kMost ? int(tile.end - start) : Block<S>::kMost;
+    gather(uint32_t(start - tile.begin), n, &block);
+    for (int i = 0; i < n; i += L::kCount) {
+      const int count = n - i < L::kCount ? n - i : L::kCount;
+      const int64_t at = start + i;
+      __builtin_prefetch(x + at + kPrefetch / int(sizeof(T)));
+      if (out != nullptr) __builtin_prefetch(out + at + kPrefetch / int(sizeof(T)), 1);
+      const V v = L::load(x + at, count);
+      const V positive = L::load(block.positive + i), negative = L::load(block.negative + i);
       Term<V> t;
-      V w;
+      V weight;
       if (call.soft) {
+        const V y = call.wide_soft_targets ? L::load(wide + at, count) : L::load(soft + at, count);
         t = formula.soft(v, y);
-        w = fused_multiply_add(y, wp - wn, wn);
+        weight = fused_multiply_add(y, positive - negative, negative);
       } else {
-        const auto is_negative = y < half;
-        const Term<V> no = formula.negative(v), yes = formula.positive(v);
-        t.loss = select(is_negative, no.loss, yes.loss);
-        t.slope = select(is_negative, no.slope, yes.slope);
-        w = select(is_negative, wn, wp);
-      }
-      Lanes<S>::store(loss + i, weigh(t.loss, w));
-      Lanes<S>::store(slope + i, t.slope * w);
-    }
-    for (int i = 0; i < n; ++i) {
-      if (ignored[i]) loss[i] = slope[i] = 0;
-      sum += double(loss[i]);
-      if (out != nullptr) {
-        const S y = element_loss ? loss[i] : incoming == nullptr ? slope[i] : slope[i] * S(to_float(incoming[start + i]));
-        if constexpr (sizeof(S) == sizeof(double)) {
-          out[start + i] = y;
-        } else {
-          out[start + i] = from_float<T>(y);
+        t = formula.negative(v);
+        weight = negative;
+        if (block.any_positive) {
+          const Term<V> yes = formula.positive(v);
+          const auto is_positive = half < L::load(block.target + i);
+          t.loss = select(is_positive, yes.loss, t.loss);
+          t.slope = select(is_positive, yes.slope, t.slope);
+          weight = select(is_positive, positive, weight);
         }
       }
+      V loss = weigh(t.loss, weight), slope = t.slope * weight;
+      if (!call.soft && block.any_ignored) {
+        const auto is_ignored = half < L::load(block.ignored + i);
+        loss = select(is_ignored, zero, loss);
+        slope = select(is_ignored, zero, slope);
+      }
+      if (partial != nullptr) sum.add(loss);
+      if (out == nullptr) continue;
+      if (incoming != nullptr) slope = slope * L::load(incoming + at, count);
+      L::store(out + at, element_loss ? loss : slope, count);
     }
   }
-  if (partial != nullptr) *partial = sum;
+  if (partial != nullptr) *partial = sum.value();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
