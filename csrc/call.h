@@ -106,12 +106,27 @@ struct LabelLevel {
   Span chunks;
 };
 
+// The caller's label convention: with background 0 the classes are the labels 1..K, else 0..K-1.
+struct LabelRule {
+  int64_t classes, background, ignore;
+};
+
+// The code of a label, in its one place; kInvalid for a label that is none of the three kinds.
+constexpr int64_t kInvalid = -3;
+FASTFOCAL_HD int64_t code_of(const LabelRule& rule, int64_t label) {
+  const int64_t k = label - (rule.background == 0 ? 1 : 0);
+  int64_t code = uint64_t(k) < uint64_t(rule.classes) ? k : kInvalid;
+  code = label == rule.background ? kBackground : code;
+  return label == rule.ignore ? kIgnored : code;
+}
+
 struct LabelCall {
   int32_t count;  // levels
   int32_t first_level;
   LabelType type;
   bool wide_codes;
-  int64_t images, classes, background, ignore;
+  int64_t images;
+  LabelRule rule;
   int64_t chunks;
   void* codes;
   int64_t* counts;  // [image][2]: positives, ignored; added to
@@ -128,15 +143,6 @@ FASTFOCAL_HD Chunk chunk_at(const LabelCall& call, int64_t index) {
   const int64_t begin = piece.index * kChunkAnchors, end = begin + kChunkAnchors;
   const int64_t anchors = call.level[piece.level].anchors;
   return {piece.level, piece.image, begin, end < anchors ? end : anchors};
-}
-
-// The label convention, in its one place. Returns kInvalid for a label that is none of the three kinds.
-constexpr int64_t kInvalid = -3;
-FASTFOCAL_HD int64_t code_of(const LabelCall& call, int64_t label) {
-  if (label == call.ignore) return kIgnored;
-  if (label == call.background) return kBackground;
-  const int64_t k = call.background == 0 ? label - 1 : label;
-  return k >= 0 && k < call.classes ? k : kInvalid;
 }
 
 // Where the code of the m-th label of an image goes.

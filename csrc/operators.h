@@ -255,9 +255,7 @@ struct Operators {
     call.type = label_type(type);
     call.wide_codes = wide;
     call.images = images;
-    call.classes = num_classes;
-    call.background = background_index;
-    call.ignore = ignore_index;
+    call.rule = {num_classes, background_index, ignore_index};
     call.codes = out.mutable_data_ptr();
     call.counts = static_cast<int64_t*>(counts.data());
     int64_t first_anchor = 0, column = 0;

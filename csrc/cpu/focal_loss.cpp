@@ -17,6 +17,7 @@ namespace {
 struct Isa {
   const char* name;
   RunTiles run_tiles;
+  EncodeChunk encode_chunk;
 };
 
 Isa choose_isa() {
@@ -28,10 +29,10 @@ Isa choose_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && !no_avx512 && !portable_only) return {"AVX512", avx512::run_tiles};
-  if (avx2 && !portable_only) return {"AVX2", avx2::run_tiles};
+  if (avx512 && !no_avx512 && !portable_only) return {"AVX512", avx512::run_tiles, avx512::encode_chunk};
+  if (avx2 && !portable_only) return {"AVX2", avx2::run_tiles, avx2::encode_chunk};
 #endif
-  return {"default", portable::run_tiles};
+  return {"default", portable::run_tiles, portable::encode_chunk};
 }
 
 const Isa& isa() {
@@ -71,6 +72,7 @@ class Share {
 }  // namespace
 
 const char* cpu_capability() { return isa().name; }
+EncodeChunk chunk_encoder() { return isa().encode_chunk; }
 
 // The first write to a page costs more than the arithmetic on it: a page of 2 MiB is one fault where there were 512.
 void Cpu::fresh(void* memory, size_t bytes) {

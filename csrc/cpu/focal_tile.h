@@ -39,6 +39,7 @@ inline Vec log_positive(Vec w) {
 // than four or five vectors' instructions, which wait for each other; half the chain at a time is twice as many vectors.
 // It is also how many are added in float before they go to double: 16 roundings of 6e-8 at the most.
 constexpr int kTogether = 16;
+constexpr int kGroup = kTogether * kLanes;
 constexpr int kPrefetch = 2048;  // bytes ahead, as the hardware's own prefetcher stops at 4 KiB pages
 template <class T>
 constexpr int kPerLine = 64 / (kLanes * int(sizeof(T)));  // vectors in a cache line: one prefetch for them
@@ -56,7 +57,7 @@ struct PlainTile {
   T* g;        // its gradient, or null
   Formula formula;
   float negative, positive;  // weight times scale, for the gradient
-  Sum negatives;
+  Sum negatives, many_positives;
   double positives = 0;
 
   int pending = 0;
@@ -93,7 +94,7 @@ struct PlainTile {
     const Formula formula = this->formula;
     const Vec weight(negative);
     int64_t i = begin;
-    alignas(64) float exponential[kTogether * kLanes];
+    alignas(64) float exponential[kGroup];
     while (i + kLanes <= end) {
       const int64_t stop = end - i < kTogether * kLanes ? end - kLanes : i + (kTogether - 1) * kLanes;
       const int64_t first = i;
@@ -136,8 +137,8 @@ struct PlainTile {
         if (kGradient) store(g + i, slope);
       }
       if (kLoss) negatives.add(sum);
-      for (; holding > 0; --holding)
-        push_found(held[holding - 1], kLanes, held_value + (holding - 1) * kLanes, codes - begin, k);
+      for (int h = 0; h < holding; ++h) mend(held[h], load(held_value + h * kLanes), codes + (held[h] - begin), k);
+      holding = 0;
     }
     if (i < end) {
       const int n = int(end - i);
@@ -153,47 +154,94 @@ struct PlainTile {
       }
       if (kLoss) negatives.add(load(loss));
       if (kGradient) store_first(g + i, load(slope), n);
-      if (kCodes) push_found(i, n, logit, codes - begin, k);
+      for (int lane = 0; kCodes && lane < n; ++lane)
+        if (codes[i - begin + lane] == k) push(i + lane, logit[lane]);
     }
   }
 
-  // Vectors with a positive met inside the loop above, saved before g overwrites them (it may be x). The positives in them are
-  // pushed after the loop, so that its registers are not spilled for them.
+  // Vectors with a positive met inside the loop above, saved before g overwrites them (it may be x). Their positives are
+  // computed after the loop, so that its registers are not spilled for them.
   int holding = 0;
   int64_t held[kTogether];
-  float held_value[kTogether * kLanes];
+  float held_value[kGroup];
   void hold(int64_t at, Vec v) {
     held[holding] = at;
     store(held_value + holding++ * kLanes, v);
   }
-  void push_found(int64_t at, int n, const float* logit, const int16_t* codes, int k) {
-    for (int lane = 0; lane < n; ++lane)
-      if (codes[at + lane] == k) push(at + lane, logit[lane]);
+  void mend(int64_t at, Vec v, const int16_t* codes, int k) {
+    const CodeMask found = equal(load_codes(codes), int16_t(k));
+    const Mask is_positive = either(found, found);
+    const Term<Vec> t = formula.positive(v);
+    if (kLoss) many_positives.add(select(is_positive, t.loss, Vec(0.0f)));
+    if (kGradient) store(g + at, select(is_positive, t.slope * Vec(positive), load(g + at)));
   }
 
   void zero(int64_t begin, int64_t end) {
     if (kGradient && end > begin) memset(static_cast<void*>(g + begin), 0, size_t(end - begin) * sizeof(T));
   }
 
-  // Anchors' rows: what lies between positives and ignored anchors is one contiguous run of negatives.
+  // Anchors' rows. Groups with a positive or ignored logit are computed apart, and what lies between them is one run.
   void class_last(const int16_t* codes, int classes, int64_t begin, int64_t end) {
     int64_t start = begin;
     for (int64_t anchor = begin / classes; anchor * classes < end; ++anchor) {
       const int code = codes[anchor];
       if (code == kBackground) continue;
-      const int64_t row = anchor * classes;
-      if (code == kIgnored) {
-        const int64_t from = row < begin ? begin : row, to = row + classes < end ? row + classes : end;
-        run<false>(start, from, nullptr, 0);
-        zero(from, to);
-        start = to;
-      } else if (row + code >= begin && row + code < end) {
-        run<false>(start, row + code, nullptr, 0);
-        push(row + code, to_float(x[row + code]));
-        start = row + code + 1;
-      }
+      const int64_t row = anchor * classes, first = code != kIgnored ? row + code : row < start ? start : row;
+      if (first < start || first >= end) continue;
+      const int64_t from = begin + (first - begin) / kGroup * kGroup, to = from + kGroup < end ? from + kGroup : end;
+      run<false>(start, from, nullptr, 0);
+      mixed(codes, classes, from, to);
+      start = to;
+      anchor = to / classes - 1;  // its successor's row may have begun in this group
     }
     run<false>(start, end, nullptr, 0);
+  }
+
+  // A group of rows' logits, some positive or ignored. These are -inf among the negatives, which costs nothing.
+  void mixed(const int16_t* codes, int classes, int64_t begin, int64_t end) {
+    constexpr float kNothing = -__builtin_inff();
+    alignas(64) float logit[kGroup], exponential[kGroup];
+    const int n = int(end - begin);
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(logit + i, load(x + begin + i));
+    if (i < n) store(logit + i, load_first(x + begin + i, n - i));
+    for (i = n; i % kLanes != 0; ++i) logit[i] = kNothing;
+
+    int positives_here = 0, where[kGroup];
+    float positive_logit[kGroup];
+    bool any_ignored = false;
+    for (int64_t row = begin / classes * classes - begin, anchor = begin / classes; row < n; row += classes, ++anchor) {
+      const int code = codes[anchor];
+      if (code == kBackground) continue;
+      if (code == kIgnored) {
+        any_ignored = true;
+        for (int64_t at = row < 0 ? 0 : row; at < row + classes && at < n; ++at) logit[at] = kNothing;
+      } else if (row + code >= 0 && row + code < n) {
+        const int at = int(row + code);
+        where[positives_here] = at;
+        positive_logit[positives_here++] = logit[at];
+        logit[at] = kNothing;
+      }
+    }
+
+    Vec sum(0.0f);
+    for (i = 0; i < n; i += kLanes) store(exponential + i, formula.exponential(load(logit + i)));
+    for (i = 0; i < n; i += kLanes) {
+      const Term<Vec> t = formula.negative(load(logit + i), load(exponential + i));
+      if (kLoss) sum = sum + t.loss;
+      if (!kGradient) continue;
+      if (i + kLanes <= n) {
+        store(g + begin + i, t.slope * Vec(negative));
+      } else {
+        store_first(g + begin + i, t.slope * Vec(negative), n - i);
+      }
+    }
+    if (kLoss) negatives.add(sum);
+    for (i = 0; i < positives_here; ++i) push(begin + where[i], positive_logit[i]);
+    if (!any_ignored) return;
+    // 0 times a weight that is not finite would be NaN.
+    for (int64_t row = begin / classes * classes, anchor = begin / classes; row < end; row += classes, ++anchor)
+      if (codes[anchor] == kIgnored) zero(row < begin ? begin : row, row + classes < end ? row + classes : end);
   }
 
   // Planes: the cells of one class of one anchor shape; the codes lie in the same order.
@@ -222,15 +270,18 @@ void plain_tile(const Call& call, const Tile& tile, const Formula& formula, doub
   work.positive = canonical(float(call.positive_weight * scale));
   const int16_t* codes = static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
   const int classes = int(call.levels.classes.divisor);
-  if (level.layout == Layout::kClassLast) {
-    work.class_last(codes, classes, tile.begin, tile.end);
-  } else {
+  if (level.layout == Layout::kClassFirst) {
     work.class_first(codes, classes, level.cells.divisor, tile.begin, tile.end);
+  } else if (classes == 1) {  // one plane of all anchors
+    work.class_first(codes, 1, level.anchors, tile.begin, tile.end);
+  } else {
+    work.class_last(codes, classes, tile.begin, tile.end);
   }
   work.flush();
   if (partial != nullptr)
-    *partial =
-        weigh(weigh(total(work.negatives), call.negative_weight) + weigh(work.positives, call.positive_weight), scale);
+    *partial = weigh(weigh(total(work.negatives), call.negative_weight) +
+                         weigh(work.positives + total(work.many_positives), call.positive_weight),
+                     scale);
 }
 
 // Soft targets with constant weights: two streams in, one out. Y is T, or float beside 16-bit logits.
@@ -486,9 +537,10 @@ void plain_tiles(const Call& call, const Formula& formula, int64_t begin, int64_
     const Tile tile = tile_at(call.levels, t);
     const bool wanted = call.levels.level[tile.level].out != nullptr;
     double* partial = kOutput == Output::kGradient ? nullptr : call.partial + t;
+    if (kOutput == Output::kGradient && !wanted) continue;
     if (kOutput == Output::kLossAndGradient && !wanted) {
       plain_tile<T, Formula, Output::kLoss>(call, tile, formula, partial);
-    } else if (kOutput != Output::kGradient || wanted) {
+    } else {
       plain_tile<T, Formula, kOutput>(call, tile, formula, partial);
     }
   }

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
     int positives = 0, ignored = 0;
     for (int64_t m = chunk.begin + threadIdx.x; m < chunk.end; m += kThreads) {
       const int64_t label = label_at(call, level.labels, chunk.image * level.image_stride + m * level.anchor_stride);
-      const int64_t code = code_of(call, label);
+      const int64_t code = code_of(call.rule, label);
       assert(code != kInvalid && "targets: a label is neither a class, nor background_index, nor ignore_index");
       positives += code >= 0;
       ignored += code == kIgnored;
