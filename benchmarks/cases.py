@@ -74,9 +74,8 @@ class Case:
     grad_mode: str = "save"
     targets: str = "labels"  # or "soft"
     threads: int | None = None  # None: as torch is set
-    form: str = (
-        "reduced"  # or "weighted": a weight (of 1) for each anchor; "unreduced": a loss for each logit, then their sum
-    )
+    # "reduced"; "weighted": with a weight (of 1) for each anchor; "unreduced": a loss for each logit, then their sum
+    form: str = "reduced"
 
     @property
     def name(self) -> str:

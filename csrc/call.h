@@ -114,8 +114,8 @@ struct LabelRule {
 // The code of a label, in its one place; kInvalid for a label that is none of the three kinds.
 constexpr int64_t kInvalid = -3;
 FASTFOCAL_HD int64_t code_of(const LabelRule& rule, int64_t label) {
-  const int64_t k = label - (rule.background == 0 ? 1 : 0);
-  int64_t code = uint64_t(k) < uint64_t(rule.classes) ? k : kInvalid;
+  const uint64_t k = uint64_t(label) - (rule.background == 0 ? 1 : 0);  // below 0 it wraps beyond every class
+  int64_t code = k < uint64_t(rule.classes) ? int64_t(k) : kInvalid;
   code = label == rule.background ? kBackground : code;
   return label == rule.ignore ? kIgnored : code;
 }

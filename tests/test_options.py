@@ -394,3 +394,22 @@ def test_a_sum_of_elementwise_losses_reads_no_incoming_gradient(
     if grad_mode == "recompute":
         [call] = recorder.calls
         assert sum(incoming.numel() for incoming in call.args[0]) == len(levels)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("normalizer", [0.0, NAN, INF])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ignored_anchors_get_nothing_whatever_the_normalizer(
+    backend: Backend, dtype: torch.dtype, normalizer: float, layout: str, generator: torch.Generator
+) -> None:
+    """A weight that is not finite makes NaN of a zero unless that is kept out of the product. Whole tiles, and ends of them."""
+    size = Size(1, 1, 8, ((64, 64),))
+    levels = move(draw_levels(size, generator, dtype=dtype, layout=layout), backend.device)
+    drawn = draw_classes(size, generator)
+    labels = move(encode(drawn, size.classes), backend.device)
+    divisor = torch.tensor(normalizer, device=backend.device)
+    _, grads = run(levels, labels, num_classes=size.classes, normalizer=divisor, grad_mode="save")
+    rows = grads[0].permute(0, 2, 3, 1).reshape(1, -1, size.classes)
+    ignored = labels[0] == -1
+    assert ignored.any()
+    assert not rows[ignored].any()

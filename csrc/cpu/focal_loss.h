@@ -33,4 +33,7 @@ const char* cpu_capability();
 // encode_chunk of that instruction set.
 EncodeChunk chunk_encoder();
 
+// The operator label_codes with a given one.
+void encode_labels(const LabelCall& call, EncodeChunk encode_chunk);
+
 }  // namespace fastfocal

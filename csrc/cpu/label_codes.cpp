@@ -40,8 +40,9 @@ int64_t label_at(const LabelCall& call, const Chunk& chunk, int64_t m) {
 
 }  // namespace
 
-void Cpu::encode(const LabelCall& call, const Tensor&) {
-  const EncodeChunk encode_chunk = chunk_encoder();
+void Cpu::encode(const LabelCall& call, const Tensor&) { encode_labels(call, chunk_encoder()); }
+
+void encode_labels(const LabelCall& call, EncodeChunk encode_chunk) {
   std::vector<ChunkCount> counts(static_cast<size_t>(call.chunks));
   torch::stable::parallel_for(0, call.chunks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) counts[static_cast<size_t>(i)] = encode_chunk(call, chunk_at(call, i));

@@ -212,13 +212,17 @@ struct PlainThread {
       if (kOutput != Output::kGradient) negatives[i % 2] += t.loss;
       x[i] = t.slope * negative;
     }
-    for (uint32_t rest = special.positive; rest != 0; rest &= rest - 1) {
+    for (uint32_t rest = special.positive | special.ignored; rest != 0; rest &= rest - 1) {
       const int at = __ffs(int(rest)) - 1;
-      const Term<float> t = formula.positive(to_float(p[at]));
-      positives += double(t.loss);
+      float slope = 0.0f;  // of an ignored one, even where the weight is not finite and 0 times it would be NaN
+      if ((special.positive >> at & 1) != 0) {
+        const Term<float> t = formula.positive(to_float(p[at]));
+        positives += double(t.loss);
+        slope = t.slope * positive;
+      }
 #pragma unroll
       for (int i = 0; i < kCount; ++i)  // an array indexed at run time would leave registers
-        x[i] = i == at ? t.slope * positive : x[i];
+        x[i] = i == at ? slope : x[i];
     }
     if (kOutput != Output::kLoss && write) *reinterpret_cast<uint4*>(g) = packed<T>(x);
   }
