@@ -51,9 +51,10 @@ def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) ->
     if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
     first = levels[0]
-    dim, dtype, device, batch = first.dim(), first.dtype, first.device, first.shape[0] if first.dim() else 0
-    for i, t in enumerate(levels):
-        rank = t.dim()
+    shapes = [t.shape for t in levels]  # once: each time it is asked for, torch makes it anew
+    dim, dtype, device, batch = first.dim(), first.dtype, first.device, shapes[0][0] if first.dim() else 0
+    for i, (t, size) in enumerate(zip(levels, shapes, strict=True)):
+        rank = len(size)
         if t.dtype not in FLOATING:
             raise TypeError(f"logits[{i}]: expected float32, float16, bfloat16 or float64, got {t.dtype}")
         if rank not in (2, 3, 4):
@@ -64,22 +65,24 @@ def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) ->
             raise ValueError(f"logits[{i}]: expected the device of level 0, {device}, got {t.device}")
         if rank != dim:
             raise ValueError(f"logits[{i}]: expected {dim} dimensions as level 0 has, got shape {shape(t)}")
-        if rank > 2 and t.shape[0] != batch:
+        if rank > 2 and size[0] != batch:
             raise ValueError(f"logits[{i}]: expected batch size {batch} as level 0 has, got shape {shape(t)}")
     if num_classes is None:
         if first.dim() == 4 and need_classes:
             raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
-        num_classes = first.shape[1] if dim == 4 else first.shape[-1]
+        num_classes = shapes[0][1] if dim == 4 else shapes[0][-1]
         if num_classes < 1:
             raise ValueError(f"logits[0]: expected at least one class, got shape {shape(first)}")
-    for i, t in enumerate(levels):
-        if dim == 4 and t.shape[1] % num_classes:
+    for i, size in enumerate(shapes):
+        if dim == 4 and size[1] % num_classes:
             raise ValueError(
-                f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {t.shape[1]} "
-                f"(shape {shape(t)})"
+                f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {size[1]} "
+                f"(shape {tuple(size)})"
             )
-        if dim < 4 and t.shape[-1] != num_classes:
-            raise ValueError(f"logits[{i}]: expected {num_classes} classes in the last dimension, got shape {shape(t)}")
+        if dim < 4 and size[-1] != num_classes:
+            raise ValueError(
+                f"logits[{i}]: expected {num_classes} classes in the last dimension, got shape {tuple(size)}"
+            )
     return levels, num_classes
 
 
@@ -95,7 +98,8 @@ def dense(levels: list[Tensor]) -> list[Tensor]:
 
 def anchors_of(t: Tensor, num_classes: int) -> int:
     """M of a level."""
-    return t.shape[-2] if t.dim() < 4 else t.shape[1] // num_classes * t.shape[2] * t.shape[3]
+    size = t.shape
+    return size[-2] if len(size) < 4 else size[1] // num_classes * size[2] * size[3]
 
 
 def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:

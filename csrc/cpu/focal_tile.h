@@ -119,7 +119,6 @@ struct PlainTile {
         return multiply_except(special, t.slope, weight);
       };
       while (i + (kPerLine<T> - 1) * kLanes <= stop) {
-        if (kGradient) __builtin_prefetch(g + i + kAhead, 1);
         if constexpr (kGradient && kPairs<T>) {
           for (int n = 0; n < kPerLine<T>; n += 2, i += 2 * kLanes) {
             const Vec first = slope_at(i), second = slope_at(i + kLanes);
