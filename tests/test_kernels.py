@@ -97,6 +97,20 @@ def test_sizes(backend: Backend, name: str, layout: str, generator: torch.Genera
     check(levels, labels, num_classes=size.classes, reduction="level")
 
 
+@pytest.mark.parametrize("label", [0, -1], ids=["positive", "ignored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_one_anchor_alone(backend: Backend, dtype: torch.dtype, label: int, generator: torch.Generator) -> None:
+    """A warp that passes over background together must not miss an anchor that begins in the last vector of its 512 bytes."""
+    classes, anchors = 91, 104  # no vector divides a row; a whole tile of 8192 logits, and 8 divides an image's
+    span, vector = 512 // dtype.itemsize, 16 // dtype.itemsize
+    found = [a for a in range(8192 // classes) if a * classes % span > span - vector]
+    assert len(found) > 1
+    logits = (torch.randn(len(found), anchors, classes, generator=generator) - 1).to(dtype)
+    labels = torch.full((len(found), anchors), classes)
+    labels[range(len(found)), found] = label
+    check(move([logits], backend.device), move(labels, backend.device), num_classes=classes, reduction="image")
+
+
 @pytest.mark.parametrize("name", ["odd", "coco", "empty_levels", "17_levels", "two_images_of_8190", "no_images"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_sizes_by_image(backend: Backend, name: str, layout: str, generator: torch.Generator) -> None:

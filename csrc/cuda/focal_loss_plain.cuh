@@ -1,8 +1,9 @@
 // The plain kernel (is_plain in call.h): labels, a constant weight for each of the two classes.
 //
-// Bytes: each logit read once, each gradient written once, two bytes of code per anchor. A thread takes 16 bytes of logits
-// at a time and computes them all as negatives. A positive or ignored logit is -inf there, whose loss and gradient are
-// exactly 0; a positive's own are computed in a divergent branch.
+// Bytes: each logit read once, each gradient written once, two bytes of code per anchor. A thread takes two vectors of 16 bytes
+// of logits at a time and computes them all as negatives. Where no thread of the warp has met a positive or ignored logit, that
+// is all. Elsewhere such a logit is -inf, whose loss and gradient are exactly 0; a positive's own are computed in a divergent
+// branch.
 #pragma once
 
 #include "../focal_math.h"
@@ -65,11 +66,20 @@ __device__ __forceinline__ uint4 packed(const float (&x)[kVector<T>]) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Which of a vector's logits are positive and which ignored, as bits. There are three ways to look, from the offset of the
-// vector in its tile; which one serves is settled for the tile.
+// vector in its tile; which one serves is settled for the tile. Two of them have a quick look first: common(), the bits that the
+// codes of the vector's anchors have in common, is kBackground only where all of them are.
 
 struct Special {
   uint32_t positive = 0, ignored = 0;
 };
+
+// A pointer that is computed here, once: of a sum the compiler knows, it would add the parts anew for every vector.
+__device__ __forceinline__ const int16_t* settled(const int16_t* codes) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(codes));
+#endif
+  return codes;
+}
 
 // Class last: most vectors lie within one anchor, and most anchors are background.
 template <int kCount>
@@ -82,17 +92,23 @@ struct AnchorLook {
     return map.layout == Layout::kClassLast && map.classes.divisor >= uint32_t(kCount);
   }
   __device__ AnchorLook(const int16_t* codes_, const TileMap& map)
-      : codes(codes_ + map.anchor), k(map.k), classes(map.classes) {}
+      : codes(settled(codes_ + map.anchor)), k(map.k), classes(map.classes) {}
+
+  __device__ __forceinline__ int common(uint32_t offset) const {
+    const uint32_t n = k + offset;
+    const uint32_t anchor = __umulhi(n, classes.magic);
+    int all = __ldg(codes + anchor);
+    if ((anchor + 1) * classes.divisor - n < uint32_t(kCount)) all &= __ldg(codes + anchor + 1);
+    return all;
+  }
 
   __device__ __forceinline__ Special at(uint32_t offset) const {
     const uint32_t n = k + offset;
     const uint32_t anchor = __umulhi(n, classes.magic);
     const uint32_t rest = (anchor + 1) * classes.divisor - n;  // logits up to the next anchor
-    const int code = codes[anchor];
     Special found;
-    if (code == kBackground && rest >= uint32_t(kCount)) return found;
-    mark(code, classes.divisor - rest, 0, rest < uint32_t(kCount) ? rest : kCount, &found);
-    if (rest < uint32_t(kCount)) mark(codes[anchor + 1], 0, rest, kCount, &found);
+    mark(__ldg(codes + anchor), classes.divisor - rest, 0, rest < uint32_t(kCount) ? rest : kCount, &found);
+    if (rest < uint32_t(kCount)) mark(__ldg(codes + anchor + 1), 0, rest, kCount, &found);
     return found;
   }
 
@@ -120,36 +136,48 @@ struct PlaneLook {
            ((map.cells.divisor | map.cell) & 3) == 0 && (reinterpret_cast<uintptr_t>(codes + map.anchor) & 7) == 0;
   }
   __device__ PlaneLook(const int16_t* codes_, const TileMap& map)
-      : codes(codes_ + map.anchor), k(map.k), cell(map.cell), cells(map.cells) {}
+      : codes(settled(codes_ + map.anchor)), k(map.k), cell(map.cell), cells(map.cells) {}
 
-  __device__ __forceinline__ Special at(uint32_t offset) const {
-    const uint32_t n = cell + offset;
-    const uint32_t plane = __umulhi(n, cells.magic);
-    const uint32_t c = n - plane * cells.divisor;
+  __device__ __forceinline__ int common(uint32_t offset) const {
     uint32_t word[kCount / 2];
-#pragma unroll
-    for (uint32_t i = 0; i < kCount / 4; ++i) {  // groups of four cells never leave a plane
-      const uint32_t at = i == 0 || c + 4 * i < cells.divisor ? c + 4 * i : c + 4 * i - cells.divisor;
-      const uint2 four = *reinterpret_cast<const uint2*>(codes + at);
-      word[2 * i] = four.x, word[2 * i + 1] = four.y;
-    }
+    read(offset, word);
     uint32_t all = word[0];
 #pragma unroll
     for (int i = 1; i < kCount / 2; ++i) all &= word[i];
+    return int(all);
+  }
+
+  __device__ __forceinline__ Special at(uint32_t offset) const {
+    uint32_t word[kCount / 2];
+    const uint32_t plane = read(offset, word);
+    const uint32_t c = cell + offset - plane * cells.divisor;
     Special found;
-    if (all == 0xffffffffu) return found;  // kBackground everywhere
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {  // kIgnored is the one code with a sign and an even number
       const uint32_t ignored = (word[i] >> 15) & ~word[i] & 0x00010001u;
       found.ignored |= (ignored | ignored >> 15) << (2 * i) & (3u << (2 * i));
     }
-    if ((all & 0x80008000u) == 0x80008000u) return found;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32_t of_cell = k + plane + (uint32_t(i) >= 4 && c + uint32_t(i) >= cells.divisor ? 1 : 0);
       found.positive |= uint32_t((word[i / 2] >> (i % 2 * 16) & 0xffffu) == of_cell) << i;
     }
     return found;
+  }
+
+ private:
+  // The codes of the vector, two in a word; returns how many planes after the tile's first one it begins.
+  __device__ __forceinline__ uint32_t read(uint32_t offset, uint32_t (&word)[kCount / 2]) const {
+    const uint32_t n = cell + offset;
+    const uint32_t plane = __umulhi(n, cells.magic);
+    const uint32_t c = n - plane * cells.divisor;
+#pragma unroll
+    for (uint32_t i = 0; i < kCount / 4; ++i) {  // groups of four cells never leave a plane
+      const uint32_t at = i == 0 || c + 4 * i < cells.divisor ? c + 4 * i : c + 4 * i - cells.divisor;
+      const uint2 four = __ldg(reinterpret_cast<const uint2*>(codes + at));
+      word[2 * i] = four.x, word[2 * i + 1] = four.y;
+    }
+    return plane;
   }
 };
 
@@ -181,30 +209,32 @@ template <class T, class Formula, Output kOutput>
 struct PlainThread {
   static constexpr int kCount = kVector<T>;
   static constexpr int kSteps = kTileLogits / kCount / kThreads;
-  static_assert(kTileAlignment % kCount == 0 && kTileLogits % (kCount * kThreads) == 0, "tiles are whole vectors");
+  static_assert(kTileAlignment % kCount == 0 && kTileLogits % (2 * kCount * kThreads) == 0, "tiles are pairs of vectors");
 
   Formula formula;
-  float negative, positive;  // weight times scale, for the gradient
+  float negative;         // weight times scale, for the gradient
+  const float* positive;  // the same in shared memory, as it is rarely read
   // Sums of the bare losses. A tile gives a thread 32 logits: two float sums of 16, rounded by 6e-8 of them 15 times.
   float negatives[2];
   double positives;
 
-  __device__ __forceinline__ void begin(float negative_, float positive_) {
-    negative = negative_, positive = positive_;
+  __device__ __forceinline__ void begin(const TileWork& work) {
+    negative = work.negative, positive = &work.positive;
     negatives[0] = negatives[1] = 0.0f;
     positives = 0;
   }
 
-  // 16 bytes of logits at p; their gradient goes to g.
-  __device__ __forceinline__ void vector(const T* p, T* g, bool write, const Special special) {
+  static __device__ __forceinline__ uint4 read(const T* p) { return *reinterpret_cast<const uint4*>(p); }
+
+  // 16 bytes of logits, from p; their gradient goes to g.
+  template <bool kClear>
+  __device__ __forceinline__ void vector(uint4 logits, const T* p, T* g, bool write, const Special special) {
     float x[kCount];
-    unpack<T>(*reinterpret_cast<const uint4*>(p), x);
-    // A loop, so that it stays a branch: predicated, it would be issued for every vector.
-    for (uint32_t rest = special.positive | special.ignored; rest != 0; rest &= rest - 1) {
-      const int at = __ffs(int(rest)) - 1;
+    unpack<T>(logits, x);
+    if constexpr (!kClear) {
+      const uint32_t apart = special.positive | special.ignored;
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)
-        if (i == at) x[i] = -INFINITY;
+      for (int i = 0; i < kCount; ++i) x[i] = (apart >> i & 1) != 0 ? -INFINITY : x[i];
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -212,45 +242,52 @@ struct PlainThread {
       if (kOutput != Output::kGradient) negatives[i % 2] += t.loss;
       x[i] = t.slope * negative;
     }
-    for (uint32_t rest = special.positive | special.ignored; rest != 0; rest &= rest - 1) {
-      const int at = __ffs(int(rest)) - 1;
-      float slope = 0.0f;  // of an ignored one, even where the weight is not finite and 0 times it would be NaN
-      if ((special.positive >> at & 1) != 0) {
+    if constexpr (!kClear) {
+      // A loop, so that it stays a branch: predicated, it would be issued for every vector.
+      for (uint32_t rest = special.positive; rest != 0; rest &= rest - 1) {
+        const int at = __ffs(int(rest)) - 1;
         const Term<float> t = formula.positive(to_float(p[at]));
         positives += double(t.loss);
-        slope = t.slope * positive;
-      }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i)  // an array indexed at run time would leave registers
-        x[i] = i == at ? slope : x[i];
+        for (int i = 0; i < kCount; ++i)  // an array indexed at run time would leave registers
+          x[i] = i == at ? t.slope * *positive : x[i];
+      }
     }
     if (kOutput != Output::kLoss && write) *reinterpret_cast<uint4*>(g) = packed<T>(x);
   }
 
-  // A tile that is whole vectors, all of them inside its image.
+  // A tile that is whole vectors, all of them inside its image. Two at a time: their loads are in flight together.
   template <class Look>
   __device__ __forceinline__ void whole_tile(const T* p, T* g, const Look& look) {
+    constexpr uint32_t kStep = kThreads * kCount;
     uint32_t offset = threadIdx.x * kCount;
     p += offset;
     if (kOutput != Output::kLoss) g += offset;
-#pragma unroll 2
-    for (int step = 0; step < kSteps; ++step) {
-      vector(p, g, true, look.at(offset));
-      offset += kThreads * kCount;
-      p += kThreads * kCount;
-      if (kOutput != Output::kLoss) g += kThreads * kCount;
+#pragma unroll 1
+    for (int step = 0; step < kSteps; step += 2) {
+      const uint4 first = read(p), second = read(p + kStep);
+      if (__all_sync(0xffffffffu, (look.common(offset) & look.common(offset + kStep)) == kBackground)) {
+        vector<true>(first, p, g, true, {});
+        vector<true>(second, p + kStep, g + kStep, true, {});
+      } else {  // read again: kept, they would take registers from both ways
+        vector<false>(read(p), p, g, true, look.at(offset));
+        vector<false>(read(p + kStep), p + kStep, g + kStep, true, look.at(offset + kStep));
+      }
+      offset += 2 * kStep;
+      p += 2 * kStep;
+      if (kOutput != Output::kLoss) g += 2 * kStep;
     }
   }
 
-  // Any other tile: its ends, and storage off the 16-byte grid, logit by logit. Each thread takes the same logits as above.
+  // Any other tile: its ends, and where vectors do not serve, logit by logit. Each thread takes the same logits as above.
   // x, g: the image's.
-  __device__ __forceinline__ void ragged_tile(const T* x, T* g, const Tile& tile, bool aligned,
+  __device__ __forceinline__ void ragged_tile(const T* x, T* g, const Tile& tile, bool vectors,
                                               const AnyLook<kCount>& look) {
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) {
       const int64_t at = tile.aligned + (int64_t(step) * kThreads + threadIdx.x) * kCount;
-      if (aligned && at >= tile.begin && at + kCount <= tile.end) {
-        vector(x + at, g + at, g != nullptr, look.at(uint32_t(at - tile.begin)));
+      if (vectors && at >= tile.begin && at + kCount <= tile.end) {
+        vector<false>(read(x + at), x + at, g + at, g != nullptr, look.at(uint32_t(at - tile.begin)));
         continue;
       }
 #pragma unroll 1
@@ -265,7 +302,7 @@ struct PlainThread {
           const Term<float> t = is_positive ? formula.positive(to_float(x[j])) : formula.negative(to_float(x[j]));
           positives += is_positive ? double(t.loss) : 0.0;
           negatives[0] += is_positive ? 0.0f : t.loss;
-          slope = t.slope * (is_positive ? positive : negative);
+          slope = t.slope * (is_positive ? *positive : negative);
         }
         if (kOutput != Output::kLoss && g != nullptr) g[j] = from_float<T>(slope);
       }
@@ -291,16 +328,18 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
     if (kOutput == Output::kGradient && g == nullptr) continue;
     const int16_t* codes = static_cast<const int16_t*>(call.codes) + level.first_anchor + tile.image * level.anchors;
 
-    thread.begin(float(call.negative_weight * work.scale), float(call.positive_weight * work.scale));
-    const bool aligned = ((reinterpret_cast<uintptr_t>(level.logits) | reinterpret_cast<uintptr_t>(level.out)) & 15) == 0;
+    thread.begin(work);
+    // Vectors give an ignored logit slope 0, and 0 times a weight that is not finite would be NaN.
+    const bool vectors = ((reinterpret_cast<uintptr_t>(level.logits) | reinterpret_cast<uintptr_t>(level.out)) & 15) == 0 &&
+                         fabsf(thread.negative) < INFINITY;
     const bool writes = kOutput == Output::kLoss || g != nullptr;
-    const bool whole = writes && aligned && tile.end - tile.begin == kTileLogits;
+    const bool whole = writes && vectors && tile.end - tile.begin == kTileLogits;
     if (whole && AnchorLook<kCount>::serves(work.map)) {
       thread.whole_tile(x + tile.begin, g + tile.begin, AnchorLook<kCount>(codes, work.map));
     } else if (whole && PlaneLook<kCount>::serves(codes, work.map)) {
       thread.whole_tile(x + tile.begin, g + tile.begin, PlaneLook<kCount>(codes, work.map));
     } else {
-      thread.ragged_tile(x, g, tile, aligned, AnyLook<kCount>(codes, work.map));
+      thread.ragged_tile(x, g, tile, vectors, AnyLook<kCount>(codes, work.map));
     }
     if constexpr (kOutput != Output::kGradient) {
       const double sum = block_sum(weigh(double(thread.negatives[0]) + double(thread.negatives[1]), call.negative_weight) +

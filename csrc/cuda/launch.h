@@ -51,6 +51,7 @@ struct TileWork {
   Tile tile;
   TileMap map;
   double scale;
+  float negative, positive;  // the two classes' weights times scale
 };
 
 template <class S>
@@ -61,6 +62,8 @@ __device__ __forceinline__ const TileWork& begin_tile(const Call& call, int64_t 
     work.tile = tile_at(call.levels, index);
     work.map = TileMap(call.levels, work.tile);
     work.scale = scale_of<S>(call, work.tile.level, work.tile.image);
+    work.negative = float(call.negative_weight * work.scale);
+    work.positive = float(call.positive_weight * work.scale);
   }
   __syncthreads();
   return work;
