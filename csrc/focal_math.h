@@ -238,17 +238,28 @@ FASTFOCAL_HD float exp_shortly(float x, float, float binary) { return exp_by_pol
 // so the multiple of ln 2 nearest to it is taken from a, and b from the small rest, before gamma multiplies that.
 template <class S>
 struct Multiple {
-  S gamma;
-  S binary;           // gamma log2(e)
-  S step, step_rest;  // ln(2) / gamma to twice the precision; 0 for a gamma so small that nothing is ever taken
+  S gamma,
+      gamma_rest;  // gamma to twice the precision: in float it may be off by 3e-8 of itself, and the power by 87 times that
+  S binary;        // gamma log2(e)
+  S step, step_rest;  // ln(2) / gamma likewise; 0 for a gamma so small that nothing is ever taken
 
   Multiple() = default;
-  FASTFOCAL_HD explicit Multiple(S gamma_) {
-    gamma = gamma_ > S(1e30) ? S(1e30) : gamma_;  // any more, and products overflow; the powers are 0 or 1 long before
+  FASTFOCAL_HD explicit Multiple(double gamma_) {
+    gamma_ = at_most(gamma_, 1e30);  // any more, and products overflow; the powers are 0 or 1 long before
+    gamma = S(gamma_);
+    gamma_rest = S(gamma_ - double(gamma));
     binary = gamma * S(1.4426950408889634);
     constexpr float kLn2 = 0.693147181f;  // 1.9e-9 above ln 2
-    step = gamma > S(1e-30) ? kLn2 / gamma : S(0);
-    step_rest = gamma > S(1e-30) ? (fused_multiply_add(-step, gamma, S(kLn2)) - S(1.90465421e-9)) / gamma : S(0);
+    const bool takes = gamma > S(1e-30);
+    step = takes ? kLn2 / gamma : S(0);
+    const S rest = fused_multiply_add(-step, gamma, S(kLn2)) - S(1.90465421e-9);
+    step_rest = takes ? (rest - step * gamma_rest) / gamma : S(0);
+  }
+
+  // By which `product`, gamma x rounded, is too small.
+  template <class V>
+  FASTFOCAL_HD V error(V x, V product) const {
+    return fused_multiply_add(V(gamma_rest), x, product_error(V(gamma), x, product));
   }
 };
 
@@ -266,7 +277,7 @@ FASTFOCAL_HD V multiple_by_sum(const Multiple<S>& c, V a, V b) {
   const V x = a - b;
   const V x_error = (a - x) - b;
   const V hi = V(c.gamma) * x;
-  return exp_of_sum(hi, fused_multiply_add(V(c.gamma), x_error, product_error(V(c.gamma), x, hi)));
+  return exp_of_sum(hi, fused_multiply_add(V(c.gamma), x_error, c.error(x, hi)));
 }
 
 FASTFOCAL_HD double exp_of_multiple(const Multiple<double>& c, double a, double b) { return multiple_by_sum(c, a, b); }
@@ -345,7 +356,7 @@ struct FocalLoss {
   // In short_term() the multiple is one of a logarithm that may be infinite: 0 times that would be NaN.
   FASTFOCAL_HD explicit FocalLoss(const Parameters& parameters)
       : gamma(parameters.detach_modulating_factor ? S(0) : S(parameters.gamma)),
-        multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(S(parameters.gamma), S(1e-30)) : S(parameters.gamma)),
+        multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(parameters.gamma, 1e-30) : parameters.gamma),
         half_smoothing(S(parameters.label_smoothing) / 2) {}
 
   template <class V>
@@ -387,8 +398,7 @@ struct FocalLoss {
     } else {
       const V log_w = log_positive(at_least(w, smallest_normal<V>()));
       const V hi = V(multiple.gamma) * log_w;
-      const V lo = product_error(V(multiple.gamma), log_w, hi);
-      const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, lo));
+      const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, multiple.error(log_w, hi)));
       power = select(V(multiple.gamma) < smallest_normal<V>(), one, any);
     }
     const V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w

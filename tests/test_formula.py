@@ -12,7 +12,7 @@ from torch import Tensor
 import fastfocal
 
 # 0 and 1 are special cases, 2 is the usual one, below 1 the textbook form has a pole, 3.3 and 5 underflow float32.
-GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.3, 5.0)
+GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.3, 4.00000023, 5.0)  # the next to last is rounded by float32 as no other is
 # Both vector families: neighbours in w share the class, or neighbours in k share the anchor.
 LAYOUTS = {"planes": torch.contiguous_format, "classes": torch.channels_last}
 
