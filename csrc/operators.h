@@ -158,6 +158,24 @@ inline Level level_of(const Tensor& logits, int64_t classes, int index) {
   return level;
 }
 
+// A new tensor on the device of `like`, past the dispatcher, which costs a microsecond or two each time.
+inline Tensor new_tensor(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  int32_t device_type = 0;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides,
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                  device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// n numbers, or a single one of no dimension.
+constexpr int64_t kNoDimension = -1;
+inline Tensor new_numbers(const Tensor& like, int64_t n, ScalarType dtype) {
+  constexpr int64_t kStride = 1;
+  return new_tensor(like, n == kNoDimension ? 0 : 1, &n, &kStride, dtype);
+}
+
 inline int64_t images_of(const Tensor& logits) { return logits.dim() == 2 ? 1 : logits.size(0); }
 
 inline void check_like(const char* name, const Tensor& t, const Tensor& logits, ScalarType dtype) {
@@ -245,10 +263,9 @@ struct Operators {
 
     const Count what = static_cast<Count>(count);
     const bool per_image = what == Count::kPositivesPerImage;
-    std::vector<int64_t> shape;
-    if (what == Count::kNothing || per_image) shape.push_back(per_image ? images : 0);
-    const Tensor out = torch::stable::new_empty(logits[0], {codes}, wide ? ScalarType::Int : ScalarType::Short);
-    const Tensor divisor = torch::stable::new_empty(logits[0], shape, ScalarType::Double);
+    const Tensor out = new_numbers(logits[0], codes, wide ? ScalarType::Int : ScalarType::Short);
+    const int64_t divisors = per_image ? images : what == Count::kNothing ? 0 : kNoDimension;
+    const Tensor divisor = new_numbers(logits[0], divisors, ScalarType::Double);
     const typename Device::Scratch counts(logits[0], images * 2, true);
 
     LabelCall call = {};
@@ -314,10 +331,10 @@ struct Operators {
   }
 
  private:
-  static Tensor none_like(const Tensor& t) { return torch::stable::new_empty(t, {0}); }
+  static Tensor none_like(const Tensor& t) { return new_numbers(t, 0, t.scalar_type()); }
 
   static Tensor fresh_like(const Tensor& t) {
-    const Tensor out = torch::stable::empty_like(t);
+    const Tensor out = new_tensor(t, t.dim(), t.sizes().data(), t.strides().data(), t.scalar_type());
     Device::fresh(out.mutable_data_ptr(), static_cast<size_t>(out.numel()) * out.element_size());
     return out;
   }
@@ -342,9 +359,8 @@ struct Operators {
   }
 
   static Tensor new_loss(const Tensors& logits, const Options& options) {
-    std::vector<int64_t> shape;
-    if (options.reduction != Reduction::kSum) shape.push_back(loss_size(logits, options));
-    return torch::stable::new_empty(logits[0], shape, accumulation_type(logits[0]));
+    const int64_t size = options.reduction == Reduction::kSum ? kNoDimension : loss_size(logits, options);
+    return new_numbers(logits[0], size, accumulation_type(logits[0]));
   }
 
   static void check(const Tensors& logits, const Options& options) {

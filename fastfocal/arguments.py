@@ -33,9 +33,10 @@ def is_class_last(t: Tensor) -> bool:
 
 
 def as_levels(name: str, value: Levels) -> list[Tensor]:
-    if isinstance(value, Tensor):
+    # Lists first: asking whether something else is a Tensor or a Sequence takes as long as all of the rest here.
+    if not isinstance(value, (list, tuple)) and isinstance(value, Tensor):
         return [value]
-    if not isinstance(value, Sequence):
+    if not isinstance(value, (list, tuple)) and not isinstance(value, Sequence):
         raise TypeError(f"{name}: expected a tensor or a sequence of tensors, one a level; got {type(value).__name__}")
     for level, t in enumerate(value):
         if not isinstance(t, Tensor):
@@ -43,8 +44,8 @@ def as_levels(name: str, value: Levels) -> list[Tensor]:
     return list(value)
 
 
-def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) -> tuple[list[Tensor], int]:
-    """Returns the levels as a list, and K."""
+def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) -> tuple[list[Tensor], int, list[int]]:
+    """Returns the levels as a list, K, and M of every level."""
     levels = as_levels("logits", logits)
     if not levels:
         raise ValueError("logits: expected at least one level, got an empty sequence")
@@ -52,38 +53,44 @@ def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) ->
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
     first = levels[0]
     shapes = [t.shape for t in levels]  # once: each time it is asked for, torch makes it anew
-    dim, dtype, device, batch = first.dim(), first.dtype, first.device, shapes[0][0] if first.dim() else 0
-    for i, (t, size) in enumerate(zip(levels, shapes, strict=True)):
-        rank = len(size)
-        if t.dtype not in FLOATING:
-            raise TypeError(f"logits[{i}]: expected float32, float16, bfloat16 or float64, got {t.dtype}")
-        if rank not in (2, 3, 4):
-            raise ValueError(f"logits[{i}]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(t)}")
+    dtype, device, dim = first.dtype, first.device, len(shapes[0])
+    if dtype not in FLOATING:
+        raise TypeError(f"logits[0]: expected float32, float16, bfloat16 or float64, got {dtype}")
+    if dim not in (2, 3, 4):
+        raise ValueError(f"logits[0]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(first)}")
+    for i in range(1, len(levels)):
+        t, size = levels[i], shapes[i]
         if t.dtype != dtype:
             raise TypeError(f"logits[{i}]: expected the dtype of level 0, {dtype}, got {t.dtype}")
         if t.device != device:
             raise ValueError(f"logits[{i}]: expected the device of level 0, {device}, got {t.device}")
-        if rank != dim:
+        if len(size) != dim:
             raise ValueError(f"logits[{i}]: expected {dim} dimensions as level 0 has, got shape {shape(t)}")
-        if rank > 2 and size[0] != batch:
-            raise ValueError(f"logits[{i}]: expected batch size {batch} as level 0 has, got shape {shape(t)}")
+        if dim > 2 and size[0] != shapes[0][0]:
+            raise ValueError(f"logits[{i}]: expected batch size {shapes[0][0]} as level 0 has, got shape {shape(t)}")
     if num_classes is None:
-        if first.dim() == 4 and need_classes:
+        if dim == 4 and need_classes:
             raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
         num_classes = shapes[0][1] if dim == 4 else shapes[0][-1]
         if num_classes < 1:
             raise ValueError(f"logits[0]: expected at least one class, got shape {shape(first)}")
+    anchors = []
     for i, size in enumerate(shapes):
-        if dim == 4 and size[1] % num_classes:
-            raise ValueError(
-                f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {size[1]} "
-                f"(shape {tuple(size)})"
-            )
-        if dim < 4 and size[-1] != num_classes:
+        if dim == 4:
+            _, channels, h, w = size
+            if channels % num_classes:
+                raise ValueError(
+                    f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {channels} "
+                    f"(shape {tuple(size)})"
+                )
+            anchors.append(channels // num_classes * h * w)
+        elif size[-1] != num_classes:
             raise ValueError(
                 f"logits[{i}]: expected {num_classes} classes in the last dimension, got shape {tuple(size)}"
             )
-    return levels, num_classes
+        else:
+            anchors.append(size[-2])
+    return levels, num_classes, anchors
 
 
 def is_dense(t: Tensor) -> bool:
@@ -93,20 +100,13 @@ def is_dense(t: Tensor) -> bool:
 
 def dense(levels: list[Tensor]) -> list[Tensor]:
     """The levels as the kernels read them: themselves, or copies where their strides are neither of the two natural orders."""
-    return [t if is_dense(t) else t.detach().contiguous() for t in levels]
+    return [t if t.is_contiguous() or is_dense(t) else t.detach().contiguous() for t in levels]
 
 
-def anchors_of(t: Tensor, num_classes: int) -> int:
-    """M of a level."""
-    size = t.shape
-    return size[-2] if len(size) < 4 else size[1] // num_classes * size[2] * size[3]
-
-
-def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:
+def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> list[Tensor]:
     """Per-anchor values (labels, weights) as (N, M) a level, or as one (N, sum M); views wherever strides allow."""
     given = as_levels(name, value)
     n, device = images(levels[0]), levels[0].device
-    counts = [anchors_of(t, num_classes) for t in levels]
     for i, t in enumerate(given):
         if t.device != device:
             raise ValueError(f"{name}[{i}]: expected the logits' device, {device}, got {t.device}")
@@ -115,16 +115,16 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
                 f"{name}[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True"
             )
     if isinstance(value, Tensor) and len(levels) > 1:
-        expected = (sum(counts),) if levels[0].dim() == 2 else (n, sum(counts))
+        expected = (sum(anchors),) if levels[0].dim() == 2 else (n, sum(anchors))
         if value.shape != expected:
             raise ValueError(
-                f"{name}: expected one tensor of shape {expected} for all {len(levels)} levels (their anchors: {counts}), or "
+                f"{name}: expected one tensor of shape {expected} for all {len(levels)} levels (their anchors: {anchors}), or "
                 f"a list of {len(levels)}; got shape {shape(value)}"
             )
         return [value if value.dim() == 2 else value[None]]
     if len(given) != len(levels):
         raise ValueError(f"{name}: expected {len(levels)} levels, or one tensor for all, got {len(given)}")
-    for i, (t, logits, m) in enumerate(zip(given, levels, counts, strict=True)):
+    for i, (t, logits, m) in enumerate(zip(given, levels, anchors, strict=True)):
         if t.shape == (n, m) and logits.dim() > 2:
             continue
         allowed: list[tuple[int, ...]] = [(m,)] if logits.dim() == 2 else [(n, m)]
@@ -139,11 +139,11 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
                 f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(logits)} and "
                 f"{num_classes} classes, got {shape(t)}"
             )
-    return [t if t.shape == (n, m) else t.reshape(n, m) for t, m in zip(given, counts, strict=True)]
+    return [t if t.shape == (n, m) else t.reshape(n, m) for t, m in zip(given, anchors, strict=True)]
 
 
-def check_labels(targets: Levels, levels: list[Tensor], num_classes: int) -> list[Tensor]:
-    labels = check_anchors("targets", targets, levels, num_classes)
+def check_labels(targets: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> list[Tensor]:
+    labels = check_anchors("targets", targets, levels, num_classes, anchors)
     for i, t in enumerate(labels):
         if t.dtype != labels[0].dtype:
             raise TypeError(f"targets[{i}]: expected the dtype of level 0, {labels[0].dtype}, got {t.dtype}")
@@ -178,14 +178,14 @@ def check_soft_targets(targets: Levels, levels: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def check_weight(weight: Levels, levels: list[Tensor], num_classes: int) -> Tensor:
+def check_weight(weight: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> Tensor:
     """Per-anchor weights as one flat tensor, in the order of the label codes."""
-    rows = check_anchors("weight", weight, levels, num_classes)
+    rows = check_anchors("weight", weight, levels, num_classes, anchors)
     for i, t in enumerate(rows):
         if not t.is_floating_point():
             raise TypeError(f"weight[{i}]: expected floating weights, got {t.dtype}")
     if len(rows) < len(levels):
-        rows = list(rows[0].split([anchors_of(t, num_classes) for t in levels], dim=1))
+        rows = list(rows[0].split(anchors, dim=1))
     flat = []
     for t, logits in zip(rows, levels, strict=True):
         if not is_class_last(logits):  # (N, cell, a) -> (N, a, cell)

@@ -13,9 +13,14 @@ from fastfocal import ops
 _keep_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
-class Plan(NamedTuple):
-    """The operators' arguments that are not tensors, in their order."""
+class Options(NamedTuple):
+    """The operators' arguments beside the logits, in their order (FASTFOCAL_OPTIONS_SCHEMA in csrc/operators.h)."""
 
+    codes: Tensor | None
+    soft_targets: list[Tensor]
+    anchor_weight: Tensor | None
+    class_alpha: Tensor | None
+    divisor: Tensor | None
     level_scales: list[float]
     positive_weight: float
     negative_weight: float
@@ -26,20 +31,6 @@ class Plan(NamedTuple):
     beta: float
     num_classes: int
     reduction: int
-
-
-class Operands(NamedTuple):
-    """Those that are tensors, beside the logits and the soft targets."""
-
-    codes: Tensor | None
-    anchor_weight: Tensor | None
-    class_alpha: Tensor | None
-    divisor: Tensor | None
-
-
-def options(plan: Plan, operands: Operands, soft_targets: list[Tensor], needs_grad: list[int]) -> tuple[Any, ...]:
-    """The operators' common arguments (FASTFOCAL_OPTIONS_SCHEMA in csrc/operators.h)."""
-    return operands.codes, soft_targets, *operands[1:], *plan, needs_grad
 
 
 def graph_is_kept() -> bool:
@@ -66,36 +57,31 @@ class FocalLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        mode: str,
-        plan: Plan,
-        operands: Operands,
-        dense: list[Tensor],
-        soft_targets: list[Tensor],
-        *logits: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """dense: the logits in the memory order that the kernels read; the same tensors but for those copied for it."""
-        needs_grad = [int(need) for need in ctx.needs_input_grad[-len(logits) :]]
-        ctx.mode, ctx.plan, ctx.needs_grad = mode, plan, needs_grad
+        ctx: Any, call: tuple[str, Options, list[Tensor]], *logits: Tensor
+    ) -> tuple[Tensor, ...]:  # one argument beside the tensors, as autograd looks at each
+        """call: the grad mode, the options, and the logits in the memory order that the kernels read: the same tensors but for
+        those copied for it."""
+        mode, options, dense = call
+        needs_grad = list(map(int, ctx.needs_input_grad[1:]))
+        ctx.mode, ctx.reduction, ctx.needs_grad = mode, options.reduction, needs_grad
         ctx.strides = [
             None if t is d else (tuple(t.shape), torch.empty_like(t, device="meta").stride())
             for t, d in zip(logits, dense, strict=True)
         ]
         if mode == "recompute":
-            losses, _ = ops.operators.focal_loss(dense, *options(plan, operands, soft_targets, [0] * len(dense)))
-            ctx.present = [t is not None for t in operands]
-            ctx.soft = len(soft_targets)
-            ctx.save_for_backward(*dense, *soft_targets, *(t for t in operands if t is not None))
+            losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
+            ctx.save_for_backward(*dense, *options.soft_targets, *options[2:5], options.codes)
+            ctx.options = (bool(options.soft_targets), options[5:])  # those that are no tensors
         elif mode == "inplace":
-            losses = ops.new_losses(dense, plan.reduction)
-            ops.operators.focal_loss_(dense, losses, *options(plan, operands, soft_targets, needs_grad))
+            losses = ops.new_losses(dense, options.reduction)
+            ops.operators.focal_loss_(dense, losses, *options, needs_grad)
             overwritten = [t for t, need in zip(dense, needs_grad, strict=True) if need]
             # Whoever saved these logits for a backward of their own must hear that they are gone.
             torch.autograd.graph.increment_version(overwritten)
             empty = dense[0].new_empty(0)
             ctx.save_for_backward(*(t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)))
         else:
-            losses, gradients = ops.operators.focal_loss(dense, *options(plan, operands, soft_targets, needs_grad))
+            losses, gradients = ops.operators.focal_loss(dense, *options, needs_grad)
             # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
             # without a copy.
             ctx.save_for_backward(*gradients)
@@ -108,30 +94,12 @@ class FocalLossFunction(torch.autograd.Function):
                 "fastfocal: create_graph=True (a second derivative of the focal loss) is not supported yet; "
                 "fastfocal.reference supports it"
             )
-        plan, needs_grad = ctx.plan, ctx.needs_grad
-        levels = len(needs_grad)
+        needs_grad, reduction = ctx.needs_grad, ctx.reduction
         gradients = list(ctx.saved_tensors)
         if ctx.mode == "recompute":
-            dense = gradients[:levels]
-            soft_targets = gradients[levels : levels + ctx.soft]
-            rest = gradients[levels + ctx.soft :]
-            operands = Operands(*[rest.pop(0) if present else None for present in ctx.present])
-            if plan.reduction != ops.NONE:
-                incoming = list(grad_outputs)
-            elif all(is_one_number(g) for g in grad_outputs):
-                plan = plan._replace(reduction=ops.LEVEL)
-                numbers = [g.as_strided((), ()) if g.numel() else g.new_zeros(()) for g in grad_outputs]
-                incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
-            else:  # the kernel reads them in the logits' order
-                incoming = [
-                    g if g.stride() == t.stride() else torch.empty_like(t).copy_(g)
-                    for g, t in zip(grad_outputs, dense, strict=True)
-                ]
-            gradients = ops.operators.focal_loss_backward(
-                incoming, dense, *options(plan, operands, soft_targets, needs_grad)
-            )
-        elif plan.reduction == ops.NONE:
-            wanted = [level for level in range(levels) if needs_grad[level]]
+            gradients = recomputed(gradients, grad_outputs, needs_grad, *ctx.options)
+        elif reduction == ops.NONE:
+            wanted = [level for level, need in enumerate(needs_grad) if need]
             products = torch._foreach_mul(
                 [gradients[level] for level in wanted], [grad_outputs[level] for level in wanted]
             )
@@ -139,21 +107,41 @@ class FocalLossFunction(torch.autograd.Function):
                 gradients[level] = product
         elif graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
-            gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], plan.reduction)
+            gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)
         else:
-            ops.operators.scale_gradients_(gradients, grad_outputs[0], plan.reduction)
+            ops.operators.scale_gradients_(gradients, grad_outputs[0], reduction)
         found = [
             in_memory_order_of(t, strides) if need else None
             for t, need, strides in zip(gradients, needs_grad, ctx.strides, strict=True)
         ]
-        return (None, None, None, None, None, *found)
+        return (None, *found)
 
 
-def focal_loss(
-    mode: str, plan: Plan, operands: Operands, logits: list[Tensor], dense: list[Tensor], soft_targets: list[Tensor]
-) -> tuple[Tensor, ...]:
+def recomputed(
+    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], soft: bool, rest: tuple[Any, ...]
+) -> list[Tensor]:
+    """The gradients of the logits that forward saved, with everything else that it took."""
+    levels = len(needs_grad)
+    dense, soft_targets = saved[:levels], saved[levels : 2 * levels] if soft else []
+    anchor_weight, class_alpha, divisor, codes = saved[-4:]
+    options = Options(codes, soft_targets, anchor_weight, class_alpha, divisor, *rest)
+    if options.reduction != ops.NONE:
+        incoming = list(grad_outputs)
+    elif all(is_one_number(g) for g in grad_outputs):
+        options = options._replace(reduction=ops.LEVEL)
+        numbers = [g.as_strided((), ()) if g.numel() else g.new_zeros(()) for g in grad_outputs]
+        incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
+    else:  # the kernel reads them in the logits' order
+        incoming = [
+            g if g.stride() == t.stride() else torch.empty_like(t).copy_(g)
+            for g, t in zip(grad_outputs, dense, strict=True)
+        ]
+    return ops.operators.focal_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
+
+
+def focal_loss(mode: str, options: Options, logits: list[Tensor], dense: list[Tensor]) -> tuple[Tensor, ...]:
     """The operator, recorded by autograd where a gradient is wanted."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in logits):
-        return FocalLossFunction.apply(mode, plan, operands, dense, soft_targets, *logits)
-    losses, _ = ops.operators.focal_loss(dense, *options(plan, operands, soft_targets, []))
+    if torch.is_grad_enabled() and any([t.requires_grad for t in logits]):
+        return FocalLossFunction.apply((mode, options, dense), *logits)
+    losses, _ = ops.operators.focal_loss(dense, *options, [])
     return tuple(losses)

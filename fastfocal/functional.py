@@ -184,50 +184,58 @@ def pyramid_loss(
     loss_weight: float,
 ) -> Tensor | list[Tensor]:
     """Everything that does not depend on the formula: arguments as :func:`fastfocal.focal_loss` takes them."""
-    single = isinstance(logits, Tensor)
-    soft = any(t.is_floating_point() for t in arguments.as_levels("targets", targets))
-    levels, classes = arguments.check_logits(logits, num_classes, need_classes=not soft)
+    single = not isinstance(logits, (list, tuple)) and isinstance(logits, Tensor)
+    soft = any([t.is_floating_point() for t in arguments.as_levels("targets", targets)])
+    levels, classes, anchors = arguments.check_logits(logits, num_classes, need_classes=not soft)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
     background = arguments.check_indices(background_index, ignore_index, classes)
     arguments.check_normalizer(None if reduction == "mean" else normalizer, levels[0], soft)
-    scales = [loss_weight * w for w in arguments.check_level_weights(level_weights, len(levels))]
+    scales = arguments.check_level_weights(level_weights, len(levels))
     positive, negative, class_alpha = arguments.check_alpha(alpha, classes, levels[0])
     mode = resolve_mode(grad_mode, reduction, levels)
     dense = arguments.dense(levels)
-    anchor_weight = None if weight is None else arguments.check_weight(weight, dense, classes)
+    anchor_weight = None if weight is None else arguments.check_weight(weight, dense, classes, anchors)
 
     count, number, divisor = resolve_normalizer(None if reduction == "mean" else normalizer, reduction, dense, soft)
-    if number != 1.0:
-        scales = [scale / number for scale in scales]
+    if loss_weight != 1.0 or number != 1.0:
+        scales = [loss_weight * scale / number for scale in scales]
 
     codes: Tensor | None = None
     soft_targets: list[Tensor] = []
     if soft:
         soft_targets = arguments.check_soft_targets(targets, dense)
     else:
-        labels = arguments.check_labels(targets, dense, classes)
+        labels = arguments.check_labels(targets, dense, classes, anchors)
         codes, counted = ops.operators.label_codes(labels, dense, classes, background, ignore_index, count, 1.0)
         if count != ops.COUNT_NOTHING:
             divisor = counted
 
-    plan = autograd.Plan(
-        level_scales=scales,
-        positive_weight=positive,
-        negative_weight=negative,
-        gamma=float(formula.gamma),
-        label_smoothing=float(formula.label_smoothing),
-        detach_modulating_factor=formula.detach_modulating_factor,
-        family=formula.family,
-        beta=float(formula.beta),
-        num_classes=classes,
-        reduction={"level": ops.LEVEL, "image": ops.IMAGE, "none": ops.NONE}.get(reduction, ops.SUM),
+    options = autograd.Options(
+        codes,
+        soft_targets,
+        anchor_weight,
+        class_alpha,
+        divisor,
+        scales,
+        positive,
+        negative,
+        float(formula.gamma),
+        float(formula.label_smoothing),
+        formula.detach_modulating_factor,
+        formula.family,
+        float(formula.beta),
+        classes,
+        OPERATOR_REDUCTIONS[reduction],
     )
-    operands = autograd.Operands(codes, anchor_weight, class_alpha, divisor)
-    losses = autograd.focal_loss(mode, plan, operands, levels, dense, soft_targets)
+    losses = autograd.focal_loss(mode, options, levels, dense)
     if reduction == "none" and not single:
         return list(losses)
     return losses[0]
+
+
+# "mean" is a sum over a divisor of its own.
+OPERATOR_REDUCTIONS = {"sum": ops.SUM, "mean": ops.SUM, "level": ops.LEVEL, "image": ops.IMAGE, "none": ops.NONE}
 
 
 def resolve_normalizer(
@@ -236,13 +244,13 @@ def resolve_normalizer(
     """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
     if reduction == "mean":
         return ops.COUNT_LOGITS, float(max(1, sum(t.numel() for t in levels))) if soft else 1.0, None
+    if isinstance(normalizer, str):
+        if normalizer == "positives":
+            return ops.COUNT_POSITIVES, 1.0, None
+        return ops.COUNT_POSITIVES_PER_IMAGE, float(max(1, ops.images(levels[0]))), None
     if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().to(levels[0].device, torch.float64, non_blocking=True)
         return ops.COUNT_NOTHING, 1.0, divisor.contiguous()
-    if normalizer == "positives":
-        return ops.COUNT_POSITIVES, 1.0, None
-    if normalizer == "positives_per_image":
-        return ops.COUNT_POSITIVES_PER_IMAGE, float(max(1, ops.images(levels[0]))), None
     return ops.COUNT_NOTHING, 1.0 if normalizer is None else float(normalizer), None
 
 
