@@ -256,10 +256,12 @@ struct Multiple {
     step_rest = takes ? (rest - step * gamma_rest) / gamma : S(0);
   }
 
-  // By which `product`, gamma x rounded, is too small.
+  // By which `product`, gamma x rounded, is too small. Less than 1 wherever exp(product) is not 0: beyond, where it might
+  // overflow what that 0 is multiplied with, it is clamped.
   template <class V>
   FASTFOCAL_HD V error(V x, V product) const {
-    return fused_multiply_add(V(gamma_rest), x, product_error(V(gamma), x, product));
+    const V rest = fused_multiply_add(V(gamma_rest), x, product_error(V(gamma), x, product));
+    return at_least(at_most(rest, V(S(1))), V(S(-1)));
   }
 };
 
@@ -355,7 +357,7 @@ struct FocalLoss {
   FocalLoss() = default;
   // In short_term() the multiple is one of a logarithm that may be infinite: 0 times that would be NaN.
   FASTFOCAL_HD explicit FocalLoss(const Parameters& parameters)
-      : gamma(parameters.detach_modulating_factor ? S(0) : S(parameters.gamma)),
+      : gamma(parameters.detach_modulating_factor ? S(0) : S(at_most(parameters.gamma, 1e30))),  // finite in float too
         multiple(kAccuracy == Accuracy::kSixteenBits ? at_least(parameters.gamma, 1e-30) : parameters.gamma),
         half_smoothing(S(parameters.label_smoothing) / 2) {}
 

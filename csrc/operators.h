@@ -158,7 +158,7 @@ inline Level level_of(const Tensor& logits, int64_t classes, int index) {
   return level;
 }
 
-// A new tensor on the device of `like`, past the dispatcher, which costs a microsecond or two each time.
+// A new tensor on the device of `like`; on the CPU past the dispatcher, which costs a microsecond or two each time.
 inline Tensor new_tensor(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
   int32_t device_type = 0;
   AtenTensorHandle handle = nullptr;

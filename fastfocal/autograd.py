@@ -70,8 +70,9 @@ class FocalLossFunction(torch.autograd.Function):
         ]
         if mode == "recompute":
             losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
-            ctx.save_for_backward(*dense, *options.soft_targets, *options[2:5], options.codes)
-            ctx.options = (bool(options.soft_targets), options[5:])  # those that are no tensors
+            codes, soft_targets, anchor_weight, class_alpha, divisor, *rest = options
+            ctx.save_for_backward(*dense, *soft_targets, codes, anchor_weight, class_alpha, divisor)
+            ctx.options = (bool(soft_targets), rest)  # those that are no tensors
         elif mode == "inplace":
             losses = ops.new_losses(dense, options.reduction)
             ops.operators.focal_loss_(dense, losses, *options, needs_grad)
@@ -118,13 +119,13 @@ class FocalLossFunction(torch.autograd.Function):
 
 
 def recomputed(
-    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], soft: bool, rest: tuple[Any, ...]
+    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], soft: bool, rest: list[Any]
 ) -> list[Tensor]:
     """The gradients of the logits that forward saved, with everything else that it took."""
     levels = len(needs_grad)
     dense, soft_targets = saved[:levels], saved[levels : 2 * levels] if soft else []
-    anchor_weight, class_alpha, divisor, codes = saved[-4:]
-    options = Options(codes, soft_targets, anchor_weight, class_alpha, divisor, *rest)
+    codes, *operands = saved[-4:]
+    options = Options(codes, soft_targets, *operands, *rest)  # type: ignore[arg-type]
     if options.reduction != ops.NONE:
         incoming = list(grad_outputs)
     elif all(is_one_number(g) for g in grad_outputs):

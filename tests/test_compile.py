@@ -152,6 +152,12 @@ MODULES: dict[str, dict[str, Any]] = {
     "default": {},
     "save": {"grad_mode": "save"},
     "recompute": {"grad_mode": "recompute"},
+    "recompute_options": {
+        "grad_mode": "recompute",
+        "alpha": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "gamma": 1.5,
+        "reduction": "image",
+    },
     "inplace": {"grad_mode": "inplace"},
     "level": {"reduction": "level"},
     "image": {"reduction": "image", "normalizer": "positives_per_image"},
@@ -173,11 +179,12 @@ def test_compiled_step_equals_eager(name: str) -> None:
     compare_with_eager(lambda xs, y: criterion([2 * x for x in xs], y), "aot_eager", levels, one)
 
 
-def test_compiled_step_with_soft_targets_and_weights() -> None:
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_compiled_step_with_soft_targets_and_weights(mode: str) -> None:
     levels, labels = problem()
     soft = [x.sigmoid() for x in levels]
     weight = [torch.full(y.shape, 0.5) for y in labels]
-    criterion = FastFocalLoss(SIZE.classes, normalizer=2.0)
+    criterion = FastFocalLoss(SIZE.classes, normalizer=2.0, alpha=[0.1, 0.2, 0.3, 0.4, 0.5], grad_mode=mode)
     compare_with_eager(lambda xs, y: criterion([2 * x for x in xs], y, weight), "aot_eager", levels, soft)
 
 

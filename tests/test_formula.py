@@ -199,6 +199,20 @@ def test_limits_of_soft_targets(backend: Backend, dtype: torch.dtype, gamma: flo
     losses_and_gradients(level, [targets.expand(level[0].shape).contiguous()], gamma=gamma)
 
 
+@pytest.mark.parametrize("form", ["labels", "soft"])
+@pytest.mark.parametrize("gamma", [1e15, 1e20, 1e39])  # the last is infinite in float32
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_huge_gamma_makes_no_nan(backend: Backend, dtype: torch.dtype, gamma: float, form: str) -> None:
+    x = torch.linspace(-28, 28, 8192, dtype=torch.float64).to(device=backend.device, dtype=dtype).view(1, -1, 1)
+    index = torch.arange(8192, device=backend.device).view(1, -1)
+    labels, soft = index % 3 - 1, [(index.view(x.shape) % 5 / 4).to(dtype)]  # labels: ignored, class 0, background
+    targets = labels if form == "labels" else soft
+    loss, (grad,) = run([x], targets, num_classes=1, gamma=gamma, normalizer=None, reduction="sum")
+    assert not loss.isnan() and not grad.isnan().any()
+    if form == "labels":
+        assert not grad[index % 3 == 0].any()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_zero_alpha_beats_an_infinite_logit(backend: Backend, alpha: float) -> None:
     """alpha_t = 0 makes the loss 0 for every finite logit, so its limit is 0 and not 0 * inf."""

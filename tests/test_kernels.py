@@ -111,6 +111,16 @@ def test_one_anchor_alone(backend: Backend, dtype: torch.dtype, label: int, gene
     check(move([logits], backend.device), move(labels, backend.device), num_classes=classes, reduction="image")
 
 
+@pytest.mark.parametrize("label", [3, -1], ids=["positive", "ignored"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_one_cell_alone(backend: Backend, dtype: torch.dtype, label: int, generator: torch.Generator) -> None:
+    """The same of a plane's first cell, where the vector that has it began in the plane before (4 divides 1004, 8 does not)."""
+    logits = (torch.randn(1, 17, 4, 251, generator=generator) - 1).to(dtype)
+    labels = torch.full((1, 4, 251), 17)
+    labels[0, 0, 0] = label
+    check(move([logits], backend.device), move([labels], backend.device), num_classes=17, reduction="level")
+
+
 @pytest.mark.parametrize("name", ["odd", "coco", "empty_levels", "17_levels", "two_images_of_8190", "no_images"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_sizes_by_image(backend: Backend, name: str, layout: str, generator: torch.Generator) -> None:
