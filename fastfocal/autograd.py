@@ -72,7 +72,7 @@ class FocalLossFunction(torch.autograd.Function):
             losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
             codes, soft_targets, anchor_weight, class_alpha, divisor, *rest = options
             ctx.save_for_backward(*dense, *soft_targets, codes, anchor_weight, class_alpha, divisor)
-            ctx.options = (bool(soft_targets), rest)  # those that are no tensors
+            ctx.options = (len(soft_targets), rest)  # those that are no tensors
         elif mode == "inplace":
             losses = ops.new_losses(dense, options.reduction)
             ops.operators.focal_loss_(dense, losses, *options, needs_grad)
@@ -119,11 +119,11 @@ class FocalLossFunction(torch.autograd.Function):
 
 
 def recomputed(
-    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], soft: bool, rest: list[Any]
+    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], soft: int, rest: list[Any]
 ) -> list[Tensor]:
     """The gradients of the logits that forward saved, with everything else that it took."""
     levels = len(needs_grad)
-    dense, soft_targets = saved[:levels], saved[levels : 2 * levels] if soft else []
+    dense, soft_targets = saved[:levels], saved[levels : levels + soft]
     codes, *operands = saved[-4:]
     options = Options(codes, soft_targets, *operands, *rest)  # type: ignore[arg-type]
     if options.reduction != ops.NONE:
