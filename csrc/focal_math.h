@@ -238,10 +238,10 @@ FASTFOCAL_HD float exp_shortly(float x, float, float binary) { return exp_by_pol
 // so the multiple of ln 2 nearest to it is taken from a, and b from the small rest, before gamma multiplies that.
 template <class S>
 struct Multiple {
-  S gamma,
-      gamma_rest;  // gamma to twice the precision: in float it may be off by 3e-8 of itself, and the power by 87 times that
-  S binary;        // gamma log2(e)
-  S step, step_rest;  // ln(2) / gamma likewise; 0 for a gamma so small that nothing is ever taken
+  // All but `binary` to twice the precision: gamma in float may be off by 3e-8 of itself, and the power by 87 times that.
+  S gamma, gamma_rest;
+  S binary;           // gamma log2(e)
+  S step, step_rest;  // ln(2) / gamma; 0 for a gamma so small that nothing is ever taken
 
   Multiple() = default;
   FASTFOCAL_HD explicit Multiple(double gamma_) {
@@ -256,12 +256,14 @@ struct Multiple {
     step_rest = takes ? (rest - step * gamma_rest) / gamma : S(0);
   }
 
-  // By which `product`, gamma x rounded, is too small. Less than 1 wherever exp(product) is not 0: beyond, where it might
-  // overflow what that 0 is multiplied with, it is clamped.
+  // exp(gamma (x + x_rest)) for x <= 0
   template <class V>
-  FASTFOCAL_HD V error(V x, V product) const {
-    const V rest = fused_multiply_add(V(gamma_rest), x, product_error(V(gamma), x, product));
-    return at_least(at_most(rest, V(S(1))), V(S(-1)));
+  FASTFOCAL_HD V exp_of(V x, V x_rest) const {
+    const V hi = V(gamma) * x;
+    const V lo = fused_multiply_add(V(gamma_rest), x, product_error(V(gamma), x, hi));
+    const V rest = fused_multiply_add(V(gamma), x_rest, lo);
+    // Far below 1 wherever exp(hi) is not 0; elsewhere it might make an infinity to multiply that 0 with.
+    return exp_of_sum(hi, at_least(at_most(rest, V(S(1))), V(S(-1))));
   }
 };
 
@@ -277,9 +279,7 @@ FASTFOCAL_HD V multiple_by_polynomial(const Multiple<S>& c, V a, V b) {
 template <class V, class S>
 FASTFOCAL_HD V multiple_by_sum(const Multiple<S>& c, V a, V b) {
   const V x = a - b;
-  const V x_error = (a - x) - b;
-  const V hi = V(c.gamma) * x;
-  return exp_of_sum(hi, fused_multiply_add(V(c.gamma), x_error, c.error(x, hi)));
+  return c.exp_of(x, (a - x) - b);
 }
 
 FASTFOCAL_HD double exp_of_multiple(const Multiple<double>& c, double a, double b) { return multiple_by_sum(c, a, b); }
@@ -399,8 +399,7 @@ struct FocalLoss {
       power = w * w;
     } else {
       const V log_w = log_positive(at_least(w, smallest_normal<V>()));
-      const V hi = V(multiple.gamma) * log_w;
-      const V any = select(w < smallest_normal<V>(), zero, exp_of_sum(hi, multiple.error(log_w, hi)));
+      const V any = select(w < smallest_normal<V>(), zero, multiple.exp_of(log_w, zero));
       power = select(V(multiple.gamma) < smallest_normal<V>(), one, any);
     }
     const V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w

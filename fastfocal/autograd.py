@@ -56,11 +56,10 @@ class FocalLossFunction(torch.autograd.Function):
     """(logits of every level) -> (loss,), or one elementwise loss a level."""
 
     @staticmethod
-    def forward(
-        ctx: Any, call: tuple[str, Options, list[Tensor]], *logits: Tensor
-    ) -> tuple[Tensor, ...]:  # one argument beside the tensors, as autograd looks at each
-        """call: the grad mode, the options, and the logits in the memory order that the kernels read: the same tensors but for
-        those copied for it."""
+    def forward(ctx: Any, call: tuple[str, Options, list[Tensor]], *logits: Tensor) -> tuple[Tensor, ...]:
+        """call: grad mode, options, and the logits in the memory order that the kernels read, the same tensors but for those
+        copied for it. One argument, as autograd looks at each.
+        """
         mode, options, dense = call
         needs_grad = list(map(int, ctx.needs_input_grad[1:]))
         ctx.mode, ctx.reduction, ctx.needs_grad = mode, options.reduction, needs_grad
