@@ -33,11 +33,13 @@ def is_class_last(t: Tensor) -> bool:
 
 
 def as_levels(name: str, value: Levels) -> list[Tensor]:
-    # Lists first: asking whether something else is a Tensor or a Sequence takes as long as all of the rest here.
-    if not isinstance(value, (list, tuple)) and isinstance(value, Tensor):
-        return [value]
-    if not isinstance(value, (list, tuple)) and not isinstance(value, Sequence):
-        raise TypeError(f"{name}: expected a tensor or a sequence of tensors, one a level; got {type(value).__name__}")
+    if not isinstance(value, (list, tuple)):  # asked first: the other two questions take much longer
+        if isinstance(value, Tensor):
+            return [value]
+        if not isinstance(value, Sequence):
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence of tensors, one a level; got {type(value).__name__}"
+            )
     for level, t in enumerate(value):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{level}]: expected a tensor, got {type(t).__name__}")
@@ -100,7 +102,7 @@ def is_dense(t: Tensor) -> bool:
 
 def dense(levels: list[Tensor]) -> list[Tensor]:
     """The levels as the kernels read them: themselves, or copies where their strides are neither of the two natural orders."""
-    return [t if t.is_contiguous() or is_dense(t) else t.detach().contiguous() for t in levels]
+    return [t if is_dense(t) else t.detach().contiguous() for t in levels]
 
 
 def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> list[Tensor]:

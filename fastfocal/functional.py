@@ -184,7 +184,7 @@ def pyramid_loss(
     loss_weight: float,
 ) -> Tensor | list[Tensor]:
     """Everything that does not depend on the formula: arguments as :func:`fastfocal.focal_loss` takes them."""
-    single = not isinstance(logits, (list, tuple)) and isinstance(logits, Tensor)
+    single = isinstance(logits, Tensor)
     soft = any([t.is_floating_point() for t in arguments.as_levels("targets", targets)])
     levels, classes, anchors = arguments.check_logits(logits, num_classes, need_classes=not soft)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
