@@ -6,31 +6,13 @@
 #pragma once
 
 #include "focal_loss.h"
-#include "vec.h"
+#include "vec_math.h"
 
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
 
 using fastfocal::fused_multiply_add;  // beside Vec's, for double
 using fastfocal::select;
-
-inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_by_polynomial(hi, lo); }
-inline Vec exp_nonpositive(Vec x) { return exp_by_polynomial(x); }
-inline Vec log1p_unit(Vec e) { return e * log1p_ratio_polynomial(e); }
-inline Vec add_log1p_unit(Vec e, Vec x) { return fused_multiply_add(e, log1p_ratio_polynomial(e), x); }
-inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
-#ifdef __FMA__
-  return multiple_by_polynomial(c, a, b);
-#else
-  return multiple_by_sum(c, a, b);
-#endif
-}
-inline Vec log_positive(Vec w) {
-  Vec n, m;
-  split_exponent(w, &n, &m);
-  const Vec f = m - Vec(1.0f);
-  return fused_multiply_add(n, Vec(0.693145752f), fused_multiply_add(f, log_polynomial(f), n * Vec(1.42860677e-6f)));
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The plain case (is_plain in call.h): a constant weight for each of the two classes.

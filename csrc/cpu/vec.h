@@ -47,7 +47,21 @@ inline Vec select(Mask m, Vec a, Vec b) { return Vec(_mm512_mask_blend_ps(m.m, b
 // The second operand comes back when either is NaN.
 inline Vec at_least(Vec x, Vec c) { return Vec(_mm512_max_ps(c.v, x.v)); }
 inline Vec at_most(Vec x, Vec c) { return Vec(_mm512_min_ps(c.v, x.v)); }
-inline Vec shifted_up(Vec x) { return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))); }
+template <int kBits>
+inline Vec shifted_up(Vec x) {
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), kBits)));
+}
+inline Vec sum_of_bits(Vec a, Vec b) {
+  return Vec(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
+}
+inline Vec lesser_bits(Vec a, Vec b) {  // as whole numbers
+  return Vec(_mm512_castsi512_ps(_mm512_min_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
+}
+constexpr int kEntries = 32;
+inline Vec look_up(const void* table, Vec at) {  // each lane by its lowest five bits
+  const float* t = static_cast<const float*>(table);
+  return Vec(_mm512_permutex2var_ps(_mm512_loadu_ps(t), _mm512_castps_si512(at.v), _mm512_loadu_ps(t + 16)));
+}
 // The table's 14 bits, doubled by a Newton step.
 inline Vec reciprocal(Vec d) {
   const __m512 r = _mm512_rcp14_ps(d.v);
@@ -304,23 +318,6 @@ inline Vec zero_below(Vec x, Vec least, Vec y) { return zero_where(x < least, y)
 inline Vec add_except(Mask m, Vec sum, Vec x) { return sum + zero_where(m, x); }
 inline Vec multiply_except(Mask m, Vec x, Vec y) { return zero_where(m, x * y); }
 #endif
-
-// The steps of exp_by_polynomial() in focal_math.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
-// bits: an exponent, once shifted up.
-inline void split_ln2(Vec& x, Vec* n, Vec* power) {
-  const Vec magic(12582912.0f + 127.0f);
-  x = at_least(x, Vec(float(kExpLeast)));
-  const Vec shifted = fused_multiply_add(x, Vec(1.44269504f), magic);
-  *n = shifted - magic;
-  *power = shifted_up(shifted);
-}
-inline Vec less_multiple_of_ln2(Vec x, Vec n) {
-#ifdef __FMA__
-  return fused_multiply_add(n, Vec(-0.693147181f), x);
-#else  // ln 2's leading part has few bits, so that n times it is exact
-  return fused_multiply_add(n, Vec(-1.42860677e-6f), fused_multiply_add(n, Vec(-0.693145752f), x));
-#endif
-}
 
 template <class T>
 inline Vec load_first(const T* p, int n) {  // the first n lanes, the rest 0

@@ -157,6 +157,9 @@ inline __m512i _mm512_set1_epi32(int32_t a) {
 inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
   return fastfocal_stand_in::each<__m512i>([&](int i) { return int32_t(uint32_t(a.lane[i]) + uint32_t(b.lane[i])); });
 }
+inline __m512i _mm512_min_epi32(__m512i a, __m512i b) {
+  return fastfocal_stand_in::each<__m512i>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
   return fastfocal_stand_in::each<__m512i>([&](int i) { return int32_t(uint32_t(a.lane[i]) - uint32_t(b.lane[i])); });
 }
@@ -164,6 +167,13 @@ inline __m512i _mm512_setr_epi32(int32_t a0, int32_t a1, int32_t a2, int32_t a3,
                                  int32_t a7, int32_t a8, int32_t a9, int32_t a10, int32_t a11, int32_t a12, int32_t a13,
                                  int32_t a14, int32_t a15) {
   return {{a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15}};
+}
+// A lane of a and b, 32 of them in all, for each lane of `which`, of which the lowest five bits count.
+inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i which, __m512 b) {
+  return fastfocal_stand_in::each<__m512>([&](int i) {
+    const int j = which.lane[i] & 31;
+    return j < 16 ? a.lane[j] : b.lane[j - 16];
+  });
 }
 inline void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, sizeof(a)); }
 inline __m512i _mm512_mask_add_epi32(__m512i other, __mmask16 k, __m512i a, __m512i b) {

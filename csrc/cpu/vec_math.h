@@ -1,0 +1,132 @@
+// exp and log for Vec, as focal_math.h wants them.
+//
+// AVX-512 looks up a vector of numbers in a table of 32, which two registers hold, with one instruction. What is left for a
+// polynomial is then so near to 0 that few terms do: exp(-|x|) and log(1 + e) take 9 multiplications and multiply-adds where
+// the polynomials of focal_math.h take 19, and those are what the loop waits for. The other instruction sets have no such
+// tables, or (AVX2, of 8) gain nothing by them.
+#pragma once
+
+#include "vec.h"
+
+namespace fastfocal {
+namespace FASTFOCAL_ISA {
+
+#if defined(__AVX512F__)
+
+// 2^(j / 32), as bits less those of j in the place that exp_from() adds them to
+alignas(64) constexpr int32_t kRoots[kEntries] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0,
+    0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
+    0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
+    0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
+// 1 / (1 + j / 32)
+alignas(64) constexpr float kInverses[kEntries] = {
+    1.0f,         0.969696999f, 0.941176474f, 0.914285719f, 0.888888896f, 0.864864886f, 0.842105269f, 0.820512831f,
+    0.800000012f, 0.780487776f, 0.761904776f, 0.744186044f, 0.727272749f, 0.711111128f, 0.695652187f, 0.680851042f,
+    0.666666687f, 0.653061211f, 0.639999986f, 0.627451003f, 0.615384638f, 0.603773594f, 0.592592597f, 0.581818163f,
+    0.571428597f, 0.561403513f, 0.551724136f, 0.542372882f, 0.533333361f, 0.524590194f, 0.516129017f, 0.507936537f};
+// Minus the logarithms of these, as they are rounded
+alignas(64) constexpr float kLogarithms[kEntries] = {
+    0.0f,         0.030771628f, 0.0606246181f, 0.0896121562f, 0.117783025f, 0.145181984f, 0.171850249f, 0.19782573f,
+    0.223143533f, 0.247836202f, 0.271933705f,  0.295464218f,  0.318453699f, 0.340926558f, 0.362905473f, 0.384411722f,
+    0.405465066f, 0.426084429f, 0.446287125f,  0.466089696f,  0.485507786f, 0.504556f,    0.523248136f, 0.541597307f,
+    0.559615731f, 0.577315331f, 0.594707131f,  0.611801565f,  0.628608584f, 0.645138025f, 0.66139853f,  0.677398741f};
+
+// Adding this leaves no bit for fractions: the low bits are a whole number, and the lowest five the entry to look up.
+constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
+
+// exp(f + n ln(2) / 32) for n = shifted - kWhole and |f| <= ln(2) / 64: 6e-8, and exactly 0 for n = -127 * 32 and f = 0. With
+// n = 32 i + j, shifting up by 18 brings i to the exponent and j, which the table has been spared, into the bits below it.
+inline Vec exp_from(Vec f, Vec shifted) {
+  const Vec power = sum_of_bits(look_up(kRoots, shifted), shifted_up<18>(shifted));
+  return fused_multiply_add(f * power, fused_multiply_add(f, Vec(0.49999998f), Vec(1.00001466f)), power);
+}
+
+// Clamps hi, and returns what no multiple of ln(2) / 32 covers.
+inline Vec split_exponent_of_e(Vec hi, Vec* shifted) {
+  const Vec whole(kWhole), x = at_least(hi, Vec(float(kExpLeast)));
+  *shifted = fused_multiply_add(x, Vec(32 * 1.44269504f), whole);
+  return fused_multiply_add(*shifted - whole, Vec(-0.693147181f / 32), x);
+}
+
+inline Vec exp_of_sum(Vec hi, Vec lo) {
+  Vec shifted;
+  const Vec f = split_exponent_of_e(hi, &shifted);
+  return exp_from(f + lo, shifted);
+}
+inline Vec exp_nonpositive(Vec x) {
+  Vec shifted;
+  const Vec f = split_exponent_of_e(x, &shifted);
+  return exp_from(f, shifted);
+}
+inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {  // as multiple_by_polynomial() has it
+  const Vec whole(kWhole), shifted = fused_multiply_add(a - b, Vec(32 * c.binary), whole);
+  const Vec n = shifted - whole;
+  const Vec rest = fused_multiply_add(n, Vec(-c.step_rest / 32), fused_multiply_add(n, Vec(-c.step / 32), a)) - b;
+  return zero_below(shifted, Vec(kWhole - 127 * 32), exp_from(rest * Vec(c.gamma), shifted));
+}
+
+// log(1 + e) = log(1 + c) + log(1 + t) for the entry c that is nearest to e (the last one serves all above it) and
+// t = (1 + e) / (1 + c) - 1, |t| <= 1/64. log(1 + t) / t: 2.4e-7, and exactly 1 for 0.
+struct Log1p {
+  Vec t, ratio, entry;
+  explicit Log1p(Vec e) {
+    constexpr float kParts = kWhole / 32;  // adding this leaves bits for 32nds
+    const Vec nearest = lesser_bits(e + Vec(kParts), Vec(kParts + 31.0f / 32));
+    const Vec inverse = look_up(kInverses, nearest);
+    t = fused_multiply_add(e, inverse, inverse - Vec(1.0f));  // the difference is exact
+    ratio = fused_multiply_add(t, fused_multiply_add(t, Vec(0.3333746f), Vec(-0.50004584f)), Vec(1.0f));
+    entry = look_up(kLogarithms, nearest);
+  }
+};
+inline Vec log1p_unit(Vec e) {
+  const Log1p log(e);
+  return fused_multiply_add(log.t, log.ratio, log.entry);
+}
+inline Vec add_log1p_unit(Vec e, Vec x) {
+  const Log1p log(e);
+  return fused_multiply_add(log.t, log.ratio, log.entry + x);
+}
+
+#else
+
+// The steps of exp_by_polynomial() in focal_math.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
+// bits: an exponent, once shifted up.
+inline void split_ln2(Vec& x, Vec* n, Vec* power) {
+  const Vec magic(12582912.0f + 127.0f);
+  x = at_least(x, Vec(float(kExpLeast)));
+  const Vec shifted = fused_multiply_add(x, Vec(1.44269504f), magic);
+  *n = shifted - magic;
+  *power = shifted_up(shifted);
+}
+inline Vec less_multiple_of_ln2(Vec x, Vec n) {
+#ifdef __FMA__
+  return fused_multiply_add(n, Vec(-0.693147181f), x);
+#else  // ln 2's leading part has few bits, so that n times it is exact
+  return fused_multiply_add(n, Vec(-1.42860677e-6f), fused_multiply_add(n, Vec(-0.693145752f), x));
+#endif
+}
+
+inline Vec exp_of_sum(Vec hi, Vec lo) { return exp_by_polynomial(hi, lo); }
+inline Vec exp_nonpositive(Vec x) { return exp_by_polynomial(x); }
+inline Vec log1p_unit(Vec e) { return e * log1p_ratio_polynomial(e); }
+inline Vec add_log1p_unit(Vec e, Vec x) { return fused_multiply_add(e, log1p_ratio_polynomial(e), x); }
+inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
+#ifdef __FMA__
+  return multiple_by_polynomial(c, a, b);
+#else
+  return multiple_by_sum(c, a, b);
+#endif
+}
+
+#endif
+
+inline Vec log_positive(Vec w) {
+  Vec n, m;
+  split_exponent(w, &n, &m);
+  const Vec f = m - Vec(1.0f);
+  return fused_multiply_add(n, Vec(0.693145752f), fused_multiply_add(f, log_polynomial(f), n * Vec(1.42860677e-6f)));
+}
+
+}  // namespace FASTFOCAL_ISA
+}  // namespace fastfocal
