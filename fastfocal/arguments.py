@@ -126,31 +126,35 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
         return [value if value.dim() == 2 else value[None]]
     if len(given) != len(levels):
         raise ValueError(f"{name}: expected {len(levels)} levels, or one tensor for all, got {len(given)}")
+    rows = []
     for i, (t, logits, m) in enumerate(zip(given, levels, anchors, strict=True)):
-        if t.shape == (n, m) and logits.dim() > 2:
-            continue
-        allowed: list[tuple[int, ...]] = [(m,)] if logits.dim() == 2 else [(n, m)]
-        if logits.dim() == 4:
-            h, w = logits.shape[2:]
-            a = logits.shape[1] // num_classes
-            allowed.append((n, h, w, a))
-            if a == 1:
-                allowed.append((n, h, w))
-        if shape(t) not in allowed:
-            raise ValueError(
-                f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(logits)} and "
-                f"{num_classes} classes, got {shape(t)}"
-            )
-    return [t if t.shape == (n, m) else t.reshape(n, m) for t, m in zip(given, anchors, strict=True)]
+        size = t.shape
+        if size != (n, m) or logits.dim() == 2:
+            allowed: list[tuple[int, ...]] = [(m,)] if logits.dim() == 2 else [(n, m)]
+            if logits.dim() == 4:
+                h, w = logits.shape[2:]
+                a = logits.shape[1] // num_classes
+                allowed.append((n, h, w, a))
+                if a == 1:
+                    allowed.append((n, h, w))
+            if tuple(size) not in allowed:
+                raise ValueError(
+                    f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(logits)} and "
+                    f"{num_classes} classes, got {tuple(size)}"
+                )
+            t = t.reshape(n, m)
+        rows.append(t)
+    return rows
 
 
 def check_labels(targets: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> list[Tensor]:
     labels = check_anchors("targets", targets, levels, num_classes, anchors)
-    for i, t in enumerate(labels):
-        if t.dtype != labels[0].dtype:
-            raise TypeError(f"targets[{i}]: expected the dtype of level 0, {labels[0].dtype}, got {t.dtype}")
-        if t.dtype not in INTEGER:
-            raise TypeError(f"targets[{i}]: expected integer labels or floating soft targets, got {t.dtype}")
+    first = labels[0].dtype
+    if first not in INTEGER:
+        raise TypeError(f"targets[0]: expected integer labels or floating soft targets, got {first}")
+    for i in range(1, len(labels)):
+        if labels[i].dtype != first:
+            raise TypeError(f"targets[{i}]: expected the dtype of level 0, {first}, got {labels[i].dtype}")
     return labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,13 +44,23 @@ def is_one_number(gradient: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not any(gradient.stride())
 
 
-def in_memory_order_of(gradient: Tensor, like: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Tensor:
-    """A gradient for logits that were copied, in their own strides as far as dense memory can have them."""
-    return (
-        gradient
-        if like is None
-        else torch.empty_strided(*like, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
-    )
+Memory = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+def memory_of_copied(logits: tuple[Tensor, ...], dense: list[Tensor]) -> list[Memory | None] | None:
+    """For logits that were copied to be read: their shape and their strides, as far as dense memory can have them."""
+    if all(map(operator.is_, logits, dense)):
+        return None
+    return [
+        None if t is d else (tuple(t.shape), torch.empty_like(t, device="meta").stride())
+        for t, d in zip(logits, dense, strict=True)
+    ]
+
+
+def in_memory(gradient: Tensor, memory: Memory | None) -> Tensor:
+    if memory is None:
+        return gradient
+    return torch.empty_strided(*memory, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
 class FocalLossFunction(torch.autograd.Function):
@@ -63,10 +74,7 @@ class FocalLossFunction(torch.autograd.Function):
         mode, options, dense = call
         needs_grad = list(map(int, ctx.needs_input_grad[1:]))
         ctx.mode, ctx.reduction, ctx.needs_grad = mode, options.reduction, needs_grad
-        ctx.strides = [
-            None if t is d else (tuple(t.shape), torch.empty_like(t, device="meta").stride())
-            for t, d in zip(logits, dense, strict=True)
-        ]
+        ctx.copied = memory_of_copied(logits, dense)
         if mode == "recompute":
             losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
             codes, soft_targets, anchor_weight, class_alpha, divisor, *rest = options
@@ -110,10 +118,9 @@ class FocalLossFunction(torch.autograd.Function):
             gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)
         else:
             ops.operators.scale_gradients_(gradients, grad_outputs[0], reduction)
-        found = [
-            in_memory_order_of(t, strides) if need else None
-            for t, need, strides in zip(gradients, needs_grad, ctx.strides, strict=True)
-        ]
+        found = [t if need else None for t, need in zip(gradients, needs_grad, strict=True)]
+        if ctx.copied is not None:
+            found = [None if t is None else in_memory(t, memory) for t, memory in zip(found, ctx.copied, strict=True)]
         return (None, *found)
 
 

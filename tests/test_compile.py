@@ -17,6 +17,8 @@ from cases import (
     leaves,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from watch import Call, Recorder
 
 from fastfocal import FastFocalLoss, focal_loss
@@ -223,3 +225,26 @@ def test_inductor_equals_eager() -> None:
     levels, labels = problem()
     criterion = FastFocalLoss(SIZE.classes)
     compare_with_eager(lambda xs, y: criterion([2 * x + 1 for x in xs], y) * 3, "inductor", levels, labels)
+
+
+# --- other tracers ----------------------------------------------------------------------------------------------------
+
+
+def test_shapes_alone_go_through_forward_and_backward() -> None:
+    """As a memory estimate of a training step runs it: no data anywhere."""
+    with FakeTensorMode():
+        logits = [torch.empty(2, 15, 5, 3, requires_grad=True)]
+        focal_loss(logits, torch.zeros(2, 45, dtype=torch.int64), num_classes=5).backward()
+    assert logits[0].grad is not None and logits[0].grad.shape == logits[0].shape
+
+
+def test_a_traced_training_step_gives_the_same() -> None:
+    """make_fx records what a call runs, backward included; nothing may depend on a number in a tensor."""
+    levels, labels = problem()
+
+    def step(*logits: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(focal_loss(list(logits), labels, num_classes=5), logits)
+
+    inputs = leaves(levels)
+    for found, expected in zip(make_fx(step)(*inputs)(*inputs), step(*inputs), strict=True):
+        assert torch.equal(found, expected)

@@ -181,9 +181,12 @@ def test_float16_gradients_keep_what_the_loss_scale_saves(
     compare(loss, [x.grad for x in inputs], expected, tolerance(torch.float16, 2.0), scale=65536)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "width_slice"])  # read in place; copied to be read
 @pytest.mark.parametrize("mode", ["auto", "save", "recompute"])
-def test_only_some_levels_require_a_gradient(backend: Backend, mode: str, generator: torch.Generator) -> None:
-    levels, labels = draw(backend, generator)
+def test_only_some_levels_require_a_gradient(
+    backend: Backend, mode: str, layout: str, generator: torch.Generator
+) -> None:
+    levels, labels = draw(backend, generator, layout=layout)
     inputs = [levels[0].requires_grad_(), levels[1].detach(), levels[2].requires_grad_()]
     loss = fastfocal.focal_loss(inputs, labels, grad_mode=mode, reduction="level", **OPTIONS)
     loss.sum().backward()
