@@ -234,7 +234,7 @@ def check_alpha(
     return 1.0, 1.0, alpha.to(like.device, accumulation_dtype(like.dtype)).contiguous()
 
 
-def check_numbers(gamma: float, label_smoothing: float, loss_weight: float) -> None:
+def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> None:
     if not isinstance(gamma, (int, float)):
         raise TypeError(f"gamma: expected a number, got {type(gamma).__name__}")
     if not 0 <= gamma < math.inf:
@@ -243,12 +243,8 @@ def check_numbers(gamma: float, label_smoothing: float, loss_weight: float) -> N
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    check_loss_weight(loss_weight)
-
-
-def check_flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    if not isinstance(detach_modulating_factor, bool):
+        raise TypeError(f"detach_modulating_factor: expected True or False, got {detach_modulating_factor!r}")
 
 
 def check_star(gamma: float, beta: float) -> None:

@@ -82,10 +82,8 @@ def focal_loss(
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A
             label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
     """
-    arguments.check_numbers(gamma, label_smoothing, loss_weight)
-    arguments.check_flag("detach_modulating_factor", detach_modulating_factor)
     return pyramid_loss(
-        Formula(ops.FOCAL_LOSS, gamma, label_smoothing, detach_modulating_factor),
+        plain_formula(gamma, label_smoothing, detach_modulating_factor),
         logits,
         targets,
         num_classes=num_classes,
@@ -138,10 +136,8 @@ def focal_loss_star(
     Raises:
         ValueError, TypeError: as :func:`fastfocal.focal_loss`.
     """
-    arguments.check_star(gamma, beta)
-    arguments.check_loss_weight(loss_weight)
     return pyramid_loss(
-        Formula(ops.FOCAL_LOSS_STAR, gamma, beta=beta),
+        star_formula(gamma, beta),
         logits,
         targets,
         num_classes=num_classes,
@@ -167,6 +163,16 @@ class Formula(NamedTuple):
     beta: float = 0.0
 
 
+def plain_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> Formula:
+    arguments.check_formula(gamma, label_smoothing, detach_modulating_factor)
+    return Formula(ops.FOCAL_LOSS, gamma, label_smoothing, detach_modulating_factor)
+
+
+def star_formula(gamma: float, beta: float) -> Formula:
+    arguments.check_star(gamma, beta)
+    return Formula(ops.FOCAL_LOSS_STAR, gamma, beta=beta)
+
+
 def pyramid_loss(
     formula: Formula,
     logits: Levels,
@@ -187,6 +193,7 @@ def pyramid_loss(
     single = isinstance(logits, Tensor)
     soft = any([t.is_floating_point() for t in arguments.as_levels("targets", targets)])
     levels, classes, anchors = arguments.check_logits(logits, num_classes, need_classes=not soft)
+    arguments.check_loss_weight(loss_weight)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
     background = arguments.check_indices(background_index, ignore_index, classes)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastfocal import arguments
-from fastfocal.functional import Levels, focal_loss, focal_loss_star
+from fastfocal.functional import Formula, Levels, plain_formula, pyramid_loss, star_formula
 
 
 class FastFocalLoss(nn.Module):
@@ -58,8 +57,8 @@ class FastFocalLoss(nn.Module):
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
         if not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-        arguments.check_numbers(gamma, label_smoothing, loss_weight)
-        arguments.check_flag("detach_modulating_factor", detach_modulating_factor)
+        arguments.check_formula(gamma, label_smoothing, detach_modulating_factor)
+        arguments.check_loss_weight(loss_weight)
         arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
         arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
         arguments.check_indices(background_index, ignore_index, num_classes)
@@ -90,12 +89,12 @@ class FastFocalLoss(nn.Module):
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
         class_alpha = self.class_alpha
-        return self._loss(
+        return pyramid_loss(
+            self._formula(),
             logits,
             targets,
             num_classes=self.num_classes,
             alpha=self.alpha if class_alpha is None else class_alpha,
-            gamma=self.gamma,
             background_index=self.background_index,
             ignore_index=self.ignore_index,
             weight=weight,
@@ -106,14 +105,8 @@ class FastFocalLoss(nn.Module):
             loss_weight=self.loss_weight,
         )
 
-    def _loss(self, logits: Levels, targets: Levels, **options: Any) -> Tensor | list[Tensor]:
-        return focal_loss(
-            logits,
-            targets,
-            label_smoothing=self.label_smoothing,
-            detach_modulating_factor=self.detach_modulating_factor,
-            **options,
-        )
+    def _formula(self) -> Formula:
+        return plain_formula(self.gamma, self.label_smoothing, self.detach_modulating_factor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
         before = self.class_alpha
@@ -177,8 +170,8 @@ class FastFocalLossStar(FastFocalLoss):
         )
         self.beta = beta
 
-    def _loss(self, logits: Levels, targets: Levels, **options: Any) -> Tensor | list[Tensor]:
-        return focal_loss_star(logits, targets, beta=self.beta, **options)
+    def _formula(self) -> Formula:
+        return star_formula(self.gamma, self.beta)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, beta={self.beta}"
