@@ -35,11 +35,13 @@ alignas(64) constexpr float kLogarithms[kEntries] = {
 // Adding this leaves no bit for fractions: the low bits are a whole number, and the lowest five the entry to look up.
 constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
 
-// exp(f + n ln(2) / 32) for n = shifted - kWhole and |f| <= ln(2) / 64: 6e-8, and exactly 0 for n = -127 * 32 and f = 0. With
-// n = 32 i + j, shifting up by 18 brings i to the exponent and j, which the table has been spared, into the bits below it.
-inline Vec exp_from(Vec f, Vec shifted) {
+// exp(scale f + n ln(2) / 32) for n = shifted - kWhole and |scale f| <= ln(2) / 64: 6e-8, and exactly 0 for n = -127 * 32,
+// whatever f is. With n = 32 i + j, shifting up by 18 brings i to the exponent and j, which the table has been spared, into the
+// bits below it.
+inline Vec exp_from(Vec f, Vec shifted, float scale = 1.0f, float square = 1.0f) {
   const Vec power = sum_of_bits(look_up(kRoots, shifted), shifted_up<18>(shifted));
-  return fused_multiply_add(f * power, fused_multiply_add(f, Vec(0.49999998f), Vec(1.00001466f)), power);
+  const Vec more = fused_multiply_add(f, Vec(square * 0.49999998f), Vec(scale * 1.00001466f));
+  return fused_multiply_add(f * power, more, power);
 }
 
 // Clamps hi, and returns what no multiple of ln(2) / 32 covers.
@@ -59,11 +61,14 @@ inline Vec exp_nonpositive(Vec x) {
   const Vec f = split_exponent_of_e(x, &shifted);
   return exp_from(f, shifted);
 }
-inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {  // as multiple_by_polynomial() has it
-  const Vec whole(kWhole), shifted = fused_multiply_add(a - b, Vec(32 * c.binary), whole);
+// As multiple_by_polynomial() has it.
+inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
+  const Vec whole(kWhole);
+  const Vec shifted = at_least(fused_multiply_add(a - b, Vec(32 * c.binary), whole), Vec(kWhole - 127 * 32));
   const Vec n = shifted - whole;
   const Vec rest = fused_multiply_add(n, Vec(-c.step_rest / 32), fused_multiply_add(n, Vec(-c.step / 32), a)) - b;
-  return zero_below(shifted, Vec(kWhole - 127 * 32), exp_from(rest * Vec(c.gamma), shifted));
+  // The square: no infinity, which might meet a 0; a gamma that large leaves only powers of 0 and 1.
+  return exp_from(rest, shifted, c.gamma, fastfocal::at_most(c.gamma * c.gamma, 1e36f));
 }
 
 // log(1 + e) = log(1 + c) + log(1 + t) for the entry c that is nearest to e (the last one serves all above it) and
