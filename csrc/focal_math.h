@@ -453,7 +453,7 @@ struct FocalLoss {
     } else {
       // Smoothing leaves a far logit a loss of q^gamma times |z|.
       const S least = exp_least<S>() / (kSmoothing ? at_least(at_most(multiple.gamma, S(1)), S(1e-28)) : S(1));
-      const V below = select(right, at_least(z, V(least)), zero);  // min(z, 0)
+      const V below = select(right, at_least(minus_absolute(z), V(least)), zero);
       power = exp_of_multiple(multiple, below, log1p_unit(e));
     }
 
