@@ -250,7 +250,7 @@ struct Multiple {
     gamma_rest = S(gamma_ - double(gamma));
     binary = gamma * S(1.4426950408889634);
     constexpr float kLn2 = 0.693147181f;  // 1.9e-9 above ln 2
-    const bool takes = gamma > S(1e-30);
+    const bool takes = gamma > S(1e-36);
     step = takes ? kLn2 / gamma : S(0);
     const S rest = fused_multiply_add(-step, gamma, S(kLn2)) - S(1.90465421e-9);
     step_rest = takes ? (rest - step * gamma_rest) / gamma : S(0);

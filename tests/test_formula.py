@@ -213,6 +213,33 @@ def test_a_huge_gamma_makes_no_nan(backend: Backend, dtype: torch.dtype, gamma: 
         assert not grad[index % 3 == 0].any()
 
 
+@pytest.mark.parametrize("gamma", [1e3, 1e10, 1e20])
+def test_accuracy_where_a_large_gamma_leaves_something(backend: Backend, gamma: float) -> None:
+    """(1 - p_t)^gamma is neither 0 nor 1 for logits around log(gamma), where the oracle rounds 1 - p_t to 1."""
+    x = (np.log(gamma) + torch.linspace(-1, 3, 257, dtype=torch.float64)).float()
+    level = x.to(backend.device).view(1, 1, 1, -1)
+    labels = torch.ones(1, 257, dtype=torch.int64, device=backend.device)  # background
+    options = {"num_classes": 1, "gamma": gamma, "alpha": None, "normalizer": None}
+    with torch.no_grad():
+        (loss,) = fastfocal.focal_loss([level], labels, reduction="none", **options)
+    _, (grad,) = run([level], labels, reduction="sum", **options)
+    e = torch.exp(-x.double())
+    power, cross_entropy = torch.exp(-gamma * torch.log1p(e)), x.double() + torch.log1p(e)
+    slope = power * (gamma * e / (1 + e) * cross_entropy + 1 / (1 + e))
+    for found, expected in ((loss, power * cross_entropy), (grad, slope)):
+        torch.testing.assert_close(
+            found.cpu().double().flatten(), expected, rtol=tolerance(torch.float32, gamma), atol=0
+        )
+
+
+@pytest.mark.parametrize("gamma", [1e-38, 3e-31, 1e-30, 1e-23])
+def test_accuracy_of_a_tiny_gamma_with_far_logits(backend: Backend, gamma: float) -> None:
+    """Smoothing leaves far logits a loss, so that gamma times a logit is not nothing. Up to 80: float32 has e^-80."""
+    x = torch.logspace(18, min(29.9, np.log10(80 / gamma)), 257, dtype=torch.float64)
+    levels, labels = hard_problem(torch.cat([x, -x]).to(device=backend.device, dtype=torch.float32), "planes")
+    losses_and_gradients(levels, labels, gamma=gamma, label_smoothing=0.125)
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_zero_alpha_beats_an_infinite_logit(backend: Backend, alpha: float) -> None:
     """alpha_t = 0 makes the loss 0 for every finite logit, so its limit is 0 and not 0 * inf."""

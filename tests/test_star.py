@@ -88,6 +88,15 @@ def test_accuracy_of_16_bit_logits_before_rounding(
     assert_close(loss, expect([level], label, **options).loss, tolerance(dtype, gamma))
 
 
+@pytest.mark.parametrize("target", [0.3, 0.125, 0.9])
+def test_a_large_shift_that_soft_targets_cancel(backend: Backend, target: float) -> None:
+    """gamma x_t + beta is small where both of them are not: what 1 - 2 y is rounded by counts for the exponential of it."""
+    beta, slope = 1e6, 1 - 2 * float(np.float32(target))
+    x = torch.from_numpy(((beta - np.linspace(0.5, 20, 513)) / slope).astype(np.float32)).to(backend.device)
+    level = as_levels(x, "planes")
+    losses_and_gradients(level, [torch.full_like(level[0], target)], gamma=1.0, beta=beta)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_far_logits(backend: Backend, dtype: torch.dtype) -> None:
     """Infinite ones give the limit of the loss and a finite gradient; NaN stays where it is."""

@@ -19,12 +19,13 @@ alignas(64) constexpr int32_t kRoots[kEntries] = {
     0x3f7837f0, 0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6,
     0x3f7504f3, 0x3f74fbaf, 0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e,
     0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf, 0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3};
-// 1 / (1 + j / 32)
-alignas(64) constexpr float kInverses[kEntries] = {
-    1.0f,         0.969696999f, 0.941176474f, 0.914285719f, 0.888888896f, 0.864864886f, 0.842105269f, 0.820512831f,
-    0.800000012f, 0.780487776f, 0.761904776f, 0.744186044f, 0.727272749f, 0.711111128f, 0.695652187f, 0.680851042f,
-    0.666666687f, 0.653061211f, 0.639999986f, 0.627451003f, 0.615384638f, 0.603773594f, 0.592592597f, 0.581818163f,
-    0.571428597f, 0.561403513f, 0.551724136f, 0.542372882f, 0.533333361f, 0.524590194f, 0.516129017f, 0.507936537f};
+struct Inverses {
+  float entry[kEntries];
+  constexpr Inverses() : entry() {
+    for (int j = 0; j < kEntries; ++j) entry[j] = 1.0f / (1.0f + float(j) / float(kEntries));
+  }
+};
+alignas(64) constexpr Inverses kInverses;
 // Minus the logarithms of these, as they are rounded
 alignas(64) constexpr float kLogarithms[kEntries] = {
     0.0f,         0.030771628f, 0.0606246181f, 0.0896121562f, 0.117783025f, 0.145181984f, 0.171850249f, 0.19782573f,
@@ -35,50 +36,38 @@ alignas(64) constexpr float kLogarithms[kEntries] = {
 // Adding this leaves no bit for fractions: the low bits are a whole number, and the lowest five the entry to look up.
 constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
 
-// exp(scale f + n ln(2) / 32) for n = shifted - kWhole and |scale f| <= ln(2) / 64: 6e-8, and exactly 0 for n = -127 * 32,
-// whatever f is. With n = 32 i + j, shifting up by 18 brings i to the exponent and j, which the table has been spared, into the
-// bits below it.
-inline Vec exp_from(Vec f, Vec shifted, float scale = 1.0f, float square = 1.0f) {
+// exp(f + n ln(2) / 32) for n = shifted - kWhole >= -127 * 32 and |f| <= ln(2) / 64: 6e-8 down to the smallest normal number, and
+// exactly 0 for n = -127 * 32 and f = 0. With n = 32 i + j, shifting up by 18 brings i to the exponent and j, which the table has
+// been spared, into the bits below it.
+inline Vec exp_from(Vec f, Vec shifted) {
   const Vec power = sum_of_bits(look_up(kRoots, shifted), shifted_up<18>(shifted));
-  const Vec more = fused_multiply_add(f, Vec(square * 0.49999998f), Vec(scale * 1.00001466f));
-  return fused_multiply_add(f * power, more, power);
-}
-
-// Clamps hi, and returns what no multiple of ln(2) / 32 covers.
-inline Vec split_exponent_of_e(Vec hi, Vec* shifted) {
-  const Vec whole(kWhole), x = at_least(hi, Vec(float(kExpLeast)));
-  *shifted = fused_multiply_add(x, Vec(32 * 1.44269504f), whole);
-  return fused_multiply_add(*shifted - whole, Vec(-0.693147181f / 32), x);
-}
-
-inline Vec exp_of_sum(Vec hi, Vec lo) {
-  Vec shifted;
-  const Vec f = split_exponent_of_e(hi, &shifted);
-  return exp_from(f + lo, shifted);
+  return fused_multiply_add(f * fused_multiply_add(f, Vec(0.49999998f), Vec(1.00001466f)), power, power);
 }
 inline Vec exp_nonpositive(Vec x) {
-  Vec shifted;
-  const Vec f = split_exponent_of_e(x, &shifted);
-  return exp_from(f, shifted);
+  const Vec whole(kWhole), hi = at_least(x, Vec(float(kExpLeast)));
+  const Vec shifted = fused_multiply_add(hi, Vec(32 * 1.44269504f), whole);
+  return exp_from(fused_multiply_add(shifted - whole, Vec(-0.693147181f / 32), hi), shifted);
+}
+inline Vec exp_of_sum(Vec x, Vec lo) {
+  const Vec whole(kWhole), least{float(kExpLeast)}, hi = at_least(x, least);
+  const Vec shifted = fused_multiply_add(at_least(hi + lo, least), Vec(32 * 1.44269504f), whole);
+  return exp_from(fused_multiply_add(shifted - whole, Vec(-0.693147181f / 32), hi) + lo, shifted);
 }
 // As multiple_by_polynomial() has it.
 inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
-  const Vec whole(kWhole);
-  const Vec shifted = at_least(fused_multiply_add(a - b, Vec(32 * c.binary), whole), Vec(kWhole - 127 * 32));
+  const Vec whole(kWhole), shifted = fused_multiply_add(a - b, Vec(32 * c.binary), whole);
   const Vec n = shifted - whole;
   const Vec rest = fused_multiply_add(n, Vec(-c.step_rest / 32), fused_multiply_add(n, Vec(-c.step / 32), a)) - b;
-  // The square: no infinity, which might meet a 0; a gamma that large leaves only powers of 0 and 1.
-  return exp_from(rest, shifted, c.gamma, fastfocal::at_most(c.gamma * c.gamma, 1e36f));
+  return zero_below(shifted, Vec(kWhole - 127 * 32), exp_from(rest * Vec(c.gamma), shifted));
 }
-
 // log(1 + e) = log(1 + c) + log(1 + t) for the entry c that is nearest to e (the last one serves all above it) and
-// t = (1 + e) / (1 + c) - 1, |t| <= 1/64. log(1 + t) / t: 2.4e-7, and exactly 1 for 0.
+// t = (1 + e) / (1 + c) - 1, |t| <= 1/63. log(1 + t) / t: 2.4e-7, and exactly 1 for 0.
 struct Log1p {
   Vec t, ratio, entry;
   explicit Log1p(Vec e) {
     constexpr float kParts = kWhole / 32;  // adding this leaves bits for 32nds
     const Vec nearest = lesser_bits(e + Vec(kParts), Vec(kParts + 31.0f / 32));
-    const Vec inverse = look_up(kInverses, nearest);
+    const Vec inverse = look_up(kInverses.entry, nearest);
     t = fused_multiply_add(e, inverse, inverse - Vec(1.0f));  // the difference is exact
     ratio = fused_multiply_add(t, fused_multiply_add(t, Vec(0.3333746f), Vec(-0.50004584f)), Vec(1.0f));
     entry = look_up(kLogarithms, nearest);
