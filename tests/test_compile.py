@@ -182,6 +182,14 @@ def test_compiled_step_equals_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_compiled_step_with_logits_that_are_copied_to_be_read(mode: str) -> None:
+    levels, labels = problem()
+    criterion = FastFocalLoss(SIZE.classes, grad_mode=mode)
+    strided = [torch.stack([x, x], dim=-1) for x in levels]
+    compare_with_eager(lambda xs, y: criterion([x[..., 0] for x in xs], y), "aot_eager", strided, labels)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
 def test_compiled_step_with_soft_targets_and_weights(mode: str) -> None:
     levels, labels = problem()
     soft = [x.sigmoid() for x in levels]

@@ -43,6 +43,7 @@ inline Vec exp_from(Vec f, Vec shifted) {
   const Vec power = sum_of_bits(look_up(kRoots, shifted), shifted_up<18>(shifted));
   return fused_multiply_add(f * fused_multiply_add(f, Vec(0.49999998f), Vec(1.00001466f)), power, power);
 }
+
 inline Vec exp_nonpositive(Vec x) {
   const Vec whole(kWhole), hi = at_least(x, Vec(float(kExpLeast)));
   const Vec shifted = fused_multiply_add(hi, Vec(32 * 1.44269504f), whole);
@@ -60,6 +61,7 @@ inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
   const Vec rest = fused_multiply_add(n, Vec(-c.step_rest / 32), fused_multiply_add(n, Vec(-c.step / 32), a)) - b;
   return zero_below(shifted, Vec(kWhole - 127 * 32), exp_from(rest * Vec(c.gamma), shifted));
 }
+
 // log(1 + e) = log(1 + c) + log(1 + t) for the entry c that is nearest to e (the last one serves all above it) and
 // t = (1 + e) / (1 + c) - 1, |t| <= 1/63. log(1 + t) / t: 2.4e-7, and exactly 1 for 0.
 struct Log1p {
