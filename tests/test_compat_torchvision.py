@@ -102,15 +102,16 @@ def assert_same(
 ) -> None:
     """Each loss, and each parameter's gradient against its own largest element.
 
-    A bias in front of FCOS's group norm has gradient 0, but for rounding: below 1e-3 of `rtol` times the largest
-    gradient of all, nothing is compared.
+    A bias in front of FCOS's group norm has gradient 0, but for rounding: below 1e-2 of `rtol` times the largest
+    gradient of all, nothing is compared. With SINGLE that is 1e-6 of it, eight roundings of float32 (one was too few: both
+    gradients are such noise, of half a rounding each and more).
     """
     for mine, stock in zip(ours, theirs, strict=True):
         assert list(mine) == list(stock)
         largest = max((t.abs().max().item() for t in stock.values()), default=0.0)
         for name in stock:
             error = (mine[name].double() - stock[name].double()).abs().max().item()
-            assert error <= rtol * (stock[name].abs().max().item() + 1e-3 * largest), name
+            assert error <= rtol * (stock[name].abs().max().item() + 1e-2 * largest), name
 
 
 @pytest.fixture
