@@ -25,25 +25,30 @@ LossFunction = Callable[[Case, list[Tensor], Inputs], Tensor]
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
-def _options(case: Case, inputs: Inputs) -> dict[str, Any]:
-    # Strings count positives, which soft targets have not.
-    normalizer = float(max(1, inputs.positives)) if inputs.soft is not None else "positives"
-    return {"num_classes": case.pyramid.classes, "alpha": ALPHA, "gamma": case.gamma, "normalizer": normalizer}
+def fast(case: Case) -> LossFunction:
+    criterion = fastfocal.FastFocalLoss(
+        case.pyramid.classes,
+        alpha=ALPHA,
+        gamma=case.gamma,
+        grad_mode=case.grad_mode,
+        reduction="none" if case.form == "unreduced" else "sum",
+    )
 
+    def loss(_: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
+        weight = inputs.weights if case.form == "weighted" else None
+        # Strings count positives, which soft targets have not.
+        normalizer = None if inputs.soft is None else float(max(1, inputs.positives))
+        found = criterion(levels, inputs.targets, weight, normalizer)
+        return torch.stack([level.sum() for level in found]).sum() if case.form == "unreduced" else found
 
-def fast(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
-    options = _options(case, inputs) | {"grad_mode": case.grad_mode}
-    if case.form == "weighted":
-        options["weight"] = inputs.weights
-    if case.form != "unreduced":
-        return fastfocal.focal_loss(levels, inputs.targets, **options)
-    return torch.stack(
-        [loss.sum() for loss in fastfocal.focal_loss(levels, inputs.targets, reduction="none", **options)]
-    ).sum()
+    return loss
 
 
 def package_reference(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
-    return reference.focal_loss(levels, inputs.targets, **_options(case, inputs))
+    normalizer = float(max(1, inputs.positives)) if inputs.soft is not None else "positives"
+    return reference.focal_loss(
+        levels, inputs.targets, num_classes=case.pyramid.classes, alpha=ALPHA, gamma=case.gamma, normalizer=normalizer
+    )
 
 
 def sigmoid_focal_loss(x: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -219,7 +224,7 @@ class Operators(Copy):
 
     def __init__(self, case: Case, sets: list[Inputs]) -> None:
         super().__init__(case, sets)
-        call = Call(case, sets[:1], fast)
+        call = Call(case, sets[:1], fast(case))
         operators = fastfocal.ops.operators
         self.recorded: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
@@ -304,7 +309,7 @@ def _plain(loss: LossFunction) -> Callable[[Case, list[Inputs]], Call]:
 
 
 def _fast(case: Case, sets: list[Inputs]) -> Call:
-    return (InPlaceCall if case.grad_mode == "inplace" else Call)(case, sets, fast)
+    return (InPlaceCall if case.grad_mode == "inplace" else Call)(case, sets, fast(case))
 
 
 def _compiled(loss: LossFunction, mode: str | None = None) -> Callable[[Case, list[Inputs]], Call]:

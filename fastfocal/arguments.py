@@ -46,13 +46,26 @@ def as_levels(name: str, value: Levels) -> list[Tensor]:
     return list(value)
 
 
-def check_logits(logits: Levels, num_classes: int | None, need_classes: bool) -> tuple[list[Tensor], int, list[int]]:
+def check_num_classes(num_classes: int) -> None:
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+
+
+def number_of_classes(logits: Levels, targets: Levels, num_classes: int | None) -> int:
+    """K, from the logits' or the soft targets' shape where it was not given."""
+    if num_classes is not None:
+        return num_classes
+    soft = any(t.is_floating_point() for t in as_levels("targets", targets))
+    return check_logits(logits, None, need_classes=not soft)[1]
+
+
+def check_logits(
+    logits: Levels, num_classes: int | None, need_classes: bool = True
+) -> tuple[list[Tensor], int, list[int]]:
     """Returns the levels as a list, K, and M of every level."""
     levels = as_levels("logits", logits)
     if not levels:
         raise ValueError("logits: expected at least one level, got an empty sequence")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
     first = levels[0]
     shapes = [t.shape for t in levels]  # once: each time it is asked for, torch makes it anew
     dtype, device, dim = first.dtype, first.device, len(shapes[0])
@@ -101,14 +114,22 @@ def is_dense(t: Tensor) -> bool:
 
 
 def dense(levels: list[Tensor]) -> list[Tensor]:
-    """The levels as the kernels read them: themselves, or copies where their strides are neither of the two natural orders."""
+    """The levels as the kernels read them: the same list, or one with copies of those in neither of the two natural orders."""
+    if all(map(is_dense, levels)):
+        return levels
     return [t if is_dense(t) else t.detach().contiguous() for t in levels]
 
 
-def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> list[Tensor]:
-    """Per-anchor values (labels, weights) as (N, M) a level, or as one (N, sum M); views wherever strides allow."""
-    given = as_levels(name, value)
-    n, device = images(levels[0]), levels[0].device
+def check_anchors(
+    name: str, given: list[Tensor], together: bool, levels: list[Tensor], num_classes: int, anchors: list[int]
+) -> list[Tensor]:
+    """Per-anchor values (labels, weights) as (N, M) a level, or as one (N, sum M); views wherever strides allow.
+
+    together: one tensor came instead of a sequence of them.
+    """
+    size = levels[0].shape
+    dim, device = len(size), levels[0].device
+    n = 1 if dim == 2 else size[0]
     for i, t in enumerate(given):
         if t.device != device:
             raise ValueError(f"{name}[{i}]: expected the logits' device, {device}, got {t.device}")
@@ -116,30 +137,31 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
             raise ValueError(
                 f"{name}[{i}]: is not differentiated, expected requires_grad=False, got requires_grad=True"
             )
-    if isinstance(value, Tensor) and len(levels) > 1:
-        expected = (sum(anchors),) if levels[0].dim() == 2 else (n, sum(anchors))
+    if together and len(levels) > 1:
+        value, total = given[0], sum(anchors)
+        expected = (total,) if dim == 2 else (n, total)
         if value.shape != expected:
             raise ValueError(
                 f"{name}: expected one tensor of shape {expected} for all {len(levels)} levels (their anchors: {anchors}), or "
                 f"a list of {len(levels)}; got shape {shape(value)}"
             )
-        return [value if value.dim() == 2 else value[None]]
+        return [value[None]] if dim == 2 else given
     if len(given) != len(levels):
         raise ValueError(f"{name}: expected {len(levels)} levels, or one tensor for all, got {len(given)}")
     rows = []
-    for i, (t, logits, m) in enumerate(zip(given, levels, anchors, strict=True)):
+    for i, (t, m) in enumerate(zip(given, anchors, strict=True)):
         size = t.shape
-        if size != (n, m) or logits.dim() == 2:
-            allowed: list[tuple[int, ...]] = [(m,)] if logits.dim() == 2 else [(n, m)]
-            if logits.dim() == 4:
-                h, w = logits.shape[2:]
-                a = logits.shape[1] // num_classes
+        if dim == 2 or size != (n, m):
+            allowed: list[tuple[int, ...]] = [(m,)] if dim == 2 else [(n, m)]
+            if dim == 4:
+                _, channels, h, w = levels[i].shape
+                a = channels // num_classes
                 allowed.append((n, h, w, a))
                 if a == 1:
                     allowed.append((n, h, w))
             if tuple(size) not in allowed:
                 raise ValueError(
-                    f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(logits)} and "
+                    f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(levels[i])} and "
                     f"{num_classes} classes, got {tuple(size)}"
                 )
             t = t.reshape(n, m)
@@ -147,8 +169,10 @@ def check_anchors(name: str, value: Levels, levels: list[Tensor], num_classes: i
     return rows
 
 
-def check_labels(targets: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> list[Tensor]:
-    labels = check_anchors("targets", targets, levels, num_classes, anchors)
+def check_labels(
+    given: list[Tensor], together: bool, levels: list[Tensor], num_classes: int, anchors: list[int]
+) -> list[Tensor]:
+    labels = check_anchors("targets", given, together, levels, num_classes, anchors)
     first = labels[0].dtype
     if first not in INTEGER:
         raise TypeError(f"targets[0]: expected integer labels or floating soft targets, got {first}")
@@ -158,9 +182,8 @@ def check_labels(targets: Levels, levels: list[Tensor], num_classes: int, anchor
     return labels
 
 
-def check_soft_targets(targets: Levels, levels: list[Tensor]) -> list[Tensor]:
+def check_soft_targets(given: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
     """Soft targets in the logits' memory order, of the logits' dtype or the accumulation dtype."""
-    given = as_levels("targets", targets)
     if len(given) != len(levels):
         raise ValueError(f"targets: expected {len(levels)} levels of soft targets, got {len(given)}")
     for i, (t, logits) in enumerate(zip(given, levels, strict=True)):
@@ -186,7 +209,9 @@ def check_soft_targets(targets: Levels, levels: list[Tensor]) -> list[Tensor]:
 
 def check_weight(weight: Levels, levels: list[Tensor], num_classes: int, anchors: list[int]) -> Tensor:
     """Per-anchor weights as one flat tensor, in the order of the label codes."""
-    rows = check_anchors("weight", weight, levels, num_classes, anchors)
+    rows = check_anchors(
+        "weight", as_levels("weight", weight), isinstance(weight, Tensor), levels, num_classes, anchors
+    )
     for i, t in enumerate(rows):
         if not t.is_floating_point():
             raise TypeError(f"weight[{i}]: expected floating weights, got {t.dtype}")
@@ -201,18 +226,24 @@ def check_weight(weight: Levels, levels: list[Tensor], num_classes: int, anchors
     return torch.cat(flat).to(accumulation_dtype(levels[0].dtype))
 
 
-def check_alpha(
-    alpha: float | Sequence[float] | Tensor | None, num_classes: int, like: Tensor
-) -> tuple[float, float, Tensor | None]:
-    """Returns the weight of positives, of negatives, and alpha per class where it was given so."""
+def split_alpha(
+    alpha: float | Sequence[float] | Tensor | None,
+) -> tuple[float | None, Sequence[float] | Tensor | None]:
+    """As a number, or as one a class."""
+    return (alpha, None) if alpha is None or isinstance(alpha, (int, float)) else (None, alpha)
+
+
+def check_alpha(alpha: float | None) -> tuple[float, float]:
+    """Returns the weight of positives and of negatives."""
     if alpha is None:
-        return 1.0, 1.0, None
-    if isinstance(alpha, (int, float)):
-        if math.isnan(alpha) or alpha > 1:
-            raise ValueError(
-                f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}"
-            )
-        return (float(alpha), 1.0 - alpha, None) if alpha >= 0 else (1.0, 1.0, None)
+        return 1.0, 1.0
+    if math.isnan(alpha) or alpha > 1:
+        raise ValueError(f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}")
+    return (float(alpha), 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
+
+
+def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """Returns one alpha a class, on the logits' device."""
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, Sequence) or not all(isinstance(a, (int, float)) for a in alpha):
             raise TypeError(f"alpha: expected a number, {num_classes} numbers, a tensor or None, got {alpha!r}")
@@ -231,7 +262,7 @@ def check_alpha(
         alpha = alpha.expand(num_classes)
     if shape(alpha) != (num_classes,):
         raise ValueError(f"alpha: expected one number a class, shape ({num_classes},), got shape {shape(alpha)}")
-    return 1.0, 1.0, alpha.to(like.device, accumulation_dtype(like.dtype)).contiguous()
+    return alpha.to(like.device, accumulation_dtype(like.dtype)).contiguous()
 
 
 def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> None:
@@ -257,11 +288,12 @@ def check_star(gamma: float, beta: float) -> None:
         raise ValueError(f"beta: expected a finite number, got {beta}")
 
 
-def check_loss_weight(loss_weight: float) -> None:
+def check_loss_weight(loss_weight: float) -> float:
     if not isinstance(loss_weight, (int, float)):
         raise TypeError(f"loss_weight: expected a number, got {type(loss_weight).__name__}")
     if not math.isfinite(loss_weight):
         raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
+    return float(loss_weight)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -285,12 +317,10 @@ def check_indices(background_index: int | None, ignore_index: int, num_classes: 
     return background
 
 
-def check_level_weights(level_weights: Sequence[float] | None, levels: int) -> list[float]:
+def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | None:
     if level_weights is None:
-        return [1.0] * levels
+        return None
     weights = [float(w) for w in level_weights]
-    if len(weights) != levels:
-        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(weights)}")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"level_weights: expected finite numbers, got {weights}")
     return weights

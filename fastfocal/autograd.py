@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastfocal import ops
 
@@ -36,21 +36,19 @@ class Options(NamedTuple):
 
 def graph_is_kept() -> bool:
     """Whether the running backward may be followed by another one over the same graph."""
-    return True if torch.compiler.is_compiling() or _keep_graph is None else _keep_graph()
+    return _keep_graph is None or is_compiling() or _keep_graph()
 
 
 def is_one_number(gradient: Tensor) -> bool:
     """Whether it is one number expanded, as sum() and mean() hand back."""
-    return not torch.compiler.is_compiling() and not any(gradient.stride())
+    return not is_compiling() and not any(gradient.stride())
 
 
 Memory = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 
-def memory_of_copied(logits: tuple[Tensor, ...], dense: list[Tensor]) -> list[Memory | None] | None:
+def memory_of_copied(logits: list[Tensor], dense: list[Tensor]) -> list[Memory | None]:
     """For logits that were copied to be read: their shape and their strides, as far as dense memory can have them."""
-    if all(map(operator.is_, logits, dense)):
-        return None
     return [
         None if t is d else (tuple(t.shape), torch.empty_like(t, device="meta").stride())
         for t, d in zip(logits, dense, strict=True)
@@ -63,18 +61,25 @@ def in_memory(gradient: Tensor, memory: Memory | None) -> Tensor:
     return torch.empty_strided(*memory, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
+class Call(NamedTuple):
+    """What forward takes beside the logits themselves, as one argument: autograd looks at each."""
+
+    mode: str
+    options: Options
+    dense: list[
+        Tensor
+    ]  # the logits in the memory order that the kernels read: the same tensors but for those copied for it
+    needs_grad: list[int]  # a flag a level
+    copied: list[Memory | None] | None  # None: no level was
+
+
 class FocalLossFunction(torch.autograd.Function):
     """(logits of every level) -> (loss,), or one elementwise loss a level."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[str, Options, list[Tensor]], *logits: Tensor) -> tuple[Tensor, ...]:
-        """call: grad mode, options, and the logits in the memory order that the kernels read, the same tensors but for those
-        copied for it. One argument, as autograd looks at each.
-        """
-        mode, options, dense = call
-        needs_grad = list(map(int, ctx.needs_input_grad[1:]))
-        ctx.mode, ctx.reduction, ctx.needs_grad = mode, options.reduction, needs_grad
-        ctx.copied = memory_of_copied(logits, dense)
+    def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, ...]:
+        mode, options, dense, needs_grad, copied = call
+        ctx.kept = mode, options.reduction, needs_grad, copied
         if mode == "recompute":
             losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
             codes, soft_targets, anchor_weight, class_alpha, divisor, *rest = options
@@ -102,9 +107,9 @@ class FocalLossFunction(torch.autograd.Function):
                 "fastfocal: create_graph=True (a second derivative of the focal loss) is not supported yet; "
                 "fastfocal.reference supports it"
             )
-        needs_grad, reduction = ctx.needs_grad, ctx.reduction
+        mode, reduction, needs_grad, copied = ctx.kept
         gradients = list(ctx.saved_tensors)
-        if ctx.mode == "recompute":
+        if mode == "recompute":
             gradients = recomputed(gradients, grad_outputs, needs_grad, *ctx.options)
         elif reduction == ops.NONE:
             wanted = [level for level, need in enumerate(needs_grad) if need]
@@ -118,9 +123,11 @@ class FocalLossFunction(torch.autograd.Function):
             gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)
         else:
             ops.operators.scale_gradients_(gradients, grad_outputs[0], reduction)
-        found = [t if need else None for t, need in zip(gradients, needs_grad, strict=True)]
-        if ctx.copied is not None:
-            found = [None if t is None else in_memory(t, memory) for t, memory in zip(found, ctx.copied, strict=True)]
+        found: list[Tensor | None] = gradients
+        if 0 in needs_grad:
+            found = [t if need else None for t, need in zip(gradients, needs_grad, strict=True)]
+        if copied is not None:
+            found = [None if t is None else in_memory(t, memory) for t, memory in zip(found, copied, strict=True)]
         return (None, *found)
 
 
@@ -148,7 +155,9 @@ def recomputed(
 
 def focal_loss(mode: str, options: Options, logits: list[Tensor], dense: list[Tensor]) -> tuple[Tensor, ...]:
     """The operator, recorded by autograd where a gradient is wanted."""
-    if torch.is_grad_enabled() and any([t.requires_grad for t in logits]):
-        return FocalLossFunction.apply((mode, options, dense), *logits)
+    needs_grad = [int(t.requires_grad) for t in logits]
+    if torch.is_grad_enabled() and any(needs_grad):
+        copied = None if dense is logits else memory_of_copied(logits, dense)
+        return FocalLossFunction.apply(Call(mode, options, dense, needs_grad, copied), *logits)
     losses, _ = ops.operators.focal_loss(dense, *options, [])
     return tuple(losses)

@@ -82,21 +82,19 @@ def focal_loss(
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A
             label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
     """
-    return pyramid_loss(
+    number, class_alpha = arguments.split_alpha(alpha)
+    settings = make_settings(
         plain_formula(gamma, label_smoothing, detach_modulating_factor),
-        logits,
-        targets,
-        num_classes=num_classes,
-        alpha=alpha,
-        background_index=background_index,
-        ignore_index=ignore_index,
-        weight=weight,
-        level_weights=level_weights,
-        normalizer=normalizer,
-        reduction=reduction,
-        grad_mode=grad_mode,
-        loss_weight=loss_weight,
+        arguments.number_of_classes(logits, targets, num_classes),
+        number,
+        background_index,
+        ignore_index,
+        level_weights,
+        reduction,
+        grad_mode,
+        loss_weight,
     )
+    return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
 
 
 def focal_loss_star(
@@ -136,21 +134,19 @@ def focal_loss_star(
     Raises:
         ValueError, TypeError: as :func:`fastfocal.focal_loss`.
     """
-    return pyramid_loss(
+    number, class_alpha = arguments.split_alpha(alpha)
+    settings = make_settings(
         star_formula(gamma, beta),
-        logits,
-        targets,
-        num_classes=num_classes,
-        alpha=alpha,
-        background_index=background_index,
-        ignore_index=ignore_index,
-        weight=weight,
-        level_weights=level_weights,
-        normalizer=normalizer,
-        reduction=reduction,
-        grad_mode=grad_mode,
-        loss_weight=loss_weight,
+        arguments.number_of_classes(logits, targets, num_classes),
+        number,
+        background_index,
+        ignore_index,
+        level_weights,
+        reduction,
+        grad_mode,
+        loss_weight,
     )
+    return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
 
 
 class Formula(NamedTuple):
@@ -165,59 +161,91 @@ class Formula(NamedTuple):
 
 def plain_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> Formula:
     arguments.check_formula(gamma, label_smoothing, detach_modulating_factor)
-    return Formula(ops.FOCAL_LOSS, gamma, label_smoothing, detach_modulating_factor)
+    return Formula(ops.FOCAL_LOSS, float(gamma), float(label_smoothing), detach_modulating_factor)
 
 
 def star_formula(gamma: float, beta: float) -> Formula:
     arguments.check_star(gamma, beta)
-    return Formula(ops.FOCAL_LOSS_STAR, gamma, beta=beta)
+    return Formula(ops.FOCAL_LOSS_STAR, float(gamma), beta=float(beta))
 
 
-def pyramid_loss(
+class Settings(NamedTuple):
+    """What to compute, checked: all that is known before there are tensors, so that a module checks it once."""
+
+    formula: Formula
+    num_classes: int
+    positive_weight: float
+    negative_weight: float
+    background: int
+    ignore_index: int
+    level_weights: list[float] | None
+    reduction: str
+    grad_mode: str
+    loss_weight: float
+
+
+def make_settings(
     formula: Formula,
-    logits: Levels,
-    targets: Levels,
-    *,
-    num_classes: int | None,
-    alpha: float | Sequence[float] | Tensor | None,
+    num_classes: int,
+    alpha: float | None,
     background_index: int | None,
     ignore_index: int,
-    weight: Levels | None,
     level_weights: Sequence[float] | None,
-    normalizer: str | float | Tensor | None,
     reduction: str,
     grad_mode: str,
     loss_weight: float,
-) -> Tensor | list[Tensor]:
-    """Everything that does not depend on the formula: arguments as :func:`fastfocal.focal_loss` takes them."""
-    single = isinstance(logits, Tensor)
-    soft = any([t.is_floating_point() for t in arguments.as_levels("targets", targets)])
-    levels, classes, anchors = arguments.check_logits(logits, num_classes, need_classes=not soft)
-    arguments.check_loss_weight(loss_weight)
+) -> Settings:
+    """Arguments as :func:`fastfocal.focal_loss` takes them; an alpha for each class comes with the tensors."""
+    arguments.check_num_classes(num_classes)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
-    background = arguments.check_indices(background_index, ignore_index, classes)
-    arguments.check_normalizer(None if reduction == "mean" else normalizer, levels[0], soft)
-    scales = arguments.check_level_weights(level_weights, len(levels))
-    positive, negative, class_alpha = arguments.check_alpha(alpha, classes, levels[0])
-    mode = resolve_mode(grad_mode, reduction, levels)
+    return Settings(
+        formula,
+        num_classes,
+        *arguments.check_alpha(alpha),
+        arguments.check_indices(background_index, ignore_index, num_classes),
+        ignore_index,
+        arguments.check_level_weights(level_weights),
+        reduction,
+        grad_mode,
+        arguments.check_loss_weight(loss_weight),
+    )
+
+
+def pyramid_loss(
+    settings: Settings,
+    logits: Levels,
+    targets: Levels,
+    weight: Levels | None,
+    normalizer: str | float | Tensor | None,
+    class_alpha: Sequence[float] | Tensor | None,
+) -> Tensor | list[Tensor]:
+    """Everything that does not depend on the formula. The tensors as :func:`fastfocal.focal_loss` takes them."""
+    reduction = settings.reduction
+    given = arguments.as_levels("targets", targets)
+    soft = any([t.is_floating_point() for t in given])
+    levels, classes, anchors = arguments.check_logits(logits, settings.num_classes)
+    if class_alpha is not None:
+        class_alpha = arguments.check_class_alpha(class_alpha, classes, levels[0])
+    count, number, divisor = resolve_normalizer(normalizer, reduction, levels, soft)
+    scales = level_scales(settings, len(levels), number)
+    mode = resolve_mode(settings.grad_mode, reduction, levels)
     dense = arguments.dense(levels)
     anchor_weight = None if weight is None else arguments.check_weight(weight, dense, classes, anchors)
-
-    count, number, divisor = resolve_normalizer(None if reduction == "mean" else normalizer, reduction, dense, soft)
-    if loss_weight != 1.0 or number != 1.0:
-        scales = [loss_weight * scale / number for scale in scales]
 
     codes: Tensor | None = None
     soft_targets: list[Tensor] = []
     if soft:
-        soft_targets = arguments.check_soft_targets(targets, dense)
+        soft_targets = arguments.check_soft_targets(given, dense)
     else:
-        labels = arguments.check_labels(targets, dense, classes, anchors)
-        codes, counted = ops.operators.label_codes(labels, dense, classes, background, ignore_index, count, 1.0)
+        labels = arguments.check_labels(given, isinstance(targets, Tensor), dense, classes, anchors)
+        codes, counted = ops.operators.label_codes(
+            labels, dense, classes, settings.background, settings.ignore_index, count, 1.0
+        )
         if count != ops.COUNT_NOTHING:
             divisor = counted
 
+    family, gamma, label_smoothing, detach_modulating_factor, beta = settings.formula
     options = autograd.Options(
         codes,
         soft_targets,
@@ -225,18 +253,18 @@ def pyramid_loss(
         class_alpha,
         divisor,
         scales,
-        positive,
-        negative,
-        float(formula.gamma),
-        float(formula.label_smoothing),
-        formula.detach_modulating_factor,
-        formula.family,
-        float(formula.beta),
+        settings.positive_weight,
+        settings.negative_weight,
+        gamma,
+        label_smoothing,
+        detach_modulating_factor,
+        family,
+        beta,
         classes,
         OPERATOR_REDUCTIONS[reduction],
     )
     losses = autograd.focal_loss(mode, options, levels, dense)
-    if reduction == "none" and not single:
+    if reduction == "none" and not isinstance(logits, Tensor):
         return list(losses)
     return losses[0]
 
@@ -251,6 +279,7 @@ def resolve_normalizer(
     """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
     if reduction == "mean":
         return ops.COUNT_LOGITS, float(max(1, sum(t.numel() for t in levels))) if soft else 1.0, None
+    arguments.check_normalizer(normalizer, levels[0], soft)
     if isinstance(normalizer, str):
         if normalizer == "positives":
             return ops.COUNT_POSITIVES, 1.0, None
@@ -259,6 +288,16 @@ def resolve_normalizer(
         divisor = normalizer.detach().to(levels[0].device, torch.float64, non_blocking=True)
         return ops.COUNT_NOTHING, 1.0, divisor.contiguous()
     return ops.COUNT_NOTHING, 1.0 if normalizer is None else float(normalizer), None
+
+
+def level_scales(settings: Settings, levels: int, number: float) -> list[float]:
+    """What each level's loss is multiplied by: its weight, the loss' weight, and over the normalizer's number."""
+    weights = settings.level_weights
+    if weights is None:
+        return [settings.loss_weight / number] * levels
+    if len(weights) != levels:
+        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(weights)}")
+    return [settings.loss_weight * weight / number for weight in weights]
 
 
 def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastfocal import arguments
-from fastfocal.functional import Formula, Levels, plain_formula, pyramid_loss, star_formula
+from fastfocal.functional import (
+    Formula,
+    Levels,
+    Settings,
+    make_settings,
+    plain_formula,
+    pyramid_loss,
+    star_formula,
+)
 
 
 class FastFocalLoss(nn.Module):
@@ -55,20 +63,16 @@ class FastFocalLoss(nn.Module):
         if sync_normalizer or ema_momentum is not None:
             name = "sync_normalizer" if sync_normalizer else "ema_momentum"
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
-        if not isinstance(num_classes, int) or num_classes < 1:
-            raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
-        arguments.check_formula(gamma, label_smoothing, detach_modulating_factor)
-        arguments.check_loss_weight(loss_weight)
-        arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
-        arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
-        arguments.check_indices(background_index, ignore_index, num_classes)
         if isinstance(normalizer, str):
             arguments.check_choice("normalizer", normalizer, arguments.NORMALIZERS)
-        _, _, class_alpha = arguments.check_alpha(alpha, num_classes, torch.empty(0, dtype=torch.float64))
+        arguments.check_num_classes(num_classes)
+        number, per_class = arguments.split_alpha(alpha)
+        if per_class is not None:
+            per_class = arguments.check_class_alpha(per_class, num_classes, torch.empty(0, dtype=torch.float64))
         # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
-        self.register_buffer("class_alpha", class_alpha, persistent=False)
+        self.register_buffer("class_alpha", per_class, persistent=False)
         self.num_classes = num_classes
-        self.alpha = None if class_alpha is not None else alpha
+        self.alpha: float | Sequence[float] | Tensor | None = number
         self.gamma = gamma
         self.background_index = background_index
         self.ignore_index = ignore_index
@@ -79,6 +83,8 @@ class FastFocalLoss(nn.Module):
         self.reduction = reduction
         self.grad_mode = grad_mode
         self.loss_weight = loss_weight
+        self._checked: tuple[tuple[object, ...], tuple[float, ...], Settings] | None = None
+        self._settings(number)
 
     def forward(
         self,
@@ -88,25 +94,39 @@ class FastFocalLoss(nn.Module):
         normalizer: str | float | Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
-        class_alpha = self.class_alpha
-        return pyramid_loss(
-            self._formula(),
-            logits,
-            targets,
-            num_classes=self.num_classes,
-            alpha=self.alpha if class_alpha is None else class_alpha,
-            background_index=self.background_index,
-            ignore_index=self.ignore_index,
-            weight=weight,
-            level_weights=self.level_weights,
-            normalizer=self.normalizer if normalizer is None else normalizer,
-            reduction=self.reduction,
-            grad_mode=self.grad_mode,
-            loss_weight=self.loss_weight,
-        )
+        number, per_class = arguments.split_alpha(self.alpha)
+        if (class_alpha := self._buffers["class_alpha"]) is not None:  # where nn.Module finds it third
+            per_class = class_alpha
+        if normalizer is None:
+            normalizer = self.normalizer
+        return pyramid_loss(self._settings(number), logits, targets, weight, normalizer, per_class)
 
-    def _formula(self) -> Formula:
-        return plain_formula(self.gamma, self.label_smoothing, self.detach_modulating_factor)
+    _make_formula: Callable[..., Formula] = staticmethod(plain_formula)
+
+    def _formula_options(self) -> tuple[float, ...]:
+        return self.gamma, self.label_smoothing, self.detach_modulating_factor
+
+    def _settings(self, alpha: float | None) -> Settings:
+        """The attributes, which are checked when one has changed."""
+        weights = self.level_weights
+        formula_options, options = (
+            self._formula_options(),
+            (
+                self.num_classes,
+                alpha,
+                self.background_index,
+                self.ignore_index,
+                None if weights is None else tuple(weights),
+                self.reduction,
+                self.grad_mode,
+                self.loss_weight,
+            ),
+        )
+        checked = self._checked
+        if checked is None or checked[0] != options or checked[1] != formula_options:
+            settings = make_settings(self._make_formula(*formula_options), *options)
+            self._checked = checked = (options, formula_options, settings)
+        return checked[2]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
         before = self.class_alpha
@@ -155,7 +175,7 @@ class FastFocalLossStar(FastFocalLoss):
         grad_mode: str = "auto",
         loss_weight: float = 1.0,
     ) -> None:
-        arguments.check_star(gamma, beta)
+        self.beta = beta  # before the base's constructor, which checks all of them
         super().__init__(
             num_classes,
             alpha=alpha,
@@ -168,10 +188,11 @@ class FastFocalLossStar(FastFocalLoss):
             grad_mode=grad_mode,
             loss_weight=loss_weight,
         )
-        self.beta = beta
 
-    def _formula(self) -> Formula:
-        return star_formula(self.gamma, self.beta)
+    _make_formula = staticmethod(star_formula)
+
+    def _formula_options(self) -> tuple[float, ...]:
+        return self.gamma, self.beta
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, beta={self.beta}"

@@ -14,7 +14,7 @@ from cases import Size, draw_classes, draw_levels, encode, leaves, same_bits
 from torch import nn
 
 import fastfocal
-from fastfocal import FastFocalLoss, focal_loss
+from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, focal_loss_star
 
 SIZE = Size(2, 2, 5, ((5, 3), (2, 1)))
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,6 +90,68 @@ def test_module_is_an_ordinary_module() -> None:
     for twin in (*copies, criterion.eval(), criterion.half()):
         assert same_bits(twin(levels, labels), want)
     assert repr(criterion).startswith("FastFocalLoss(")
+
+
+@pytest.mark.parametrize("name", [name for name, options in OPTIONS.items() if options])
+def test_an_attribute_set_later_counts(name: str) -> None:
+    """A schedule may set gamma, say: the next call takes it."""
+    options = OPTIONS[name]
+    levels, labels = problem(**options)
+    criterion = FastFocalLoss(SIZE.classes)
+    criterion(*problem())
+    for attribute, value in options.items():
+        setattr(criterion, attribute, value)
+    assert same_bits(criterion(levels, labels), focal_loss(levels, labels, num_classes=5, **options))
+
+
+def test_level_weights_changed_in_place_count() -> None:
+    levels, labels = problem()
+    criterion = FastFocalLoss(5, level_weights=[1.0, 1.0])
+    criterion(levels, labels)
+    assert criterion.level_weights is not None
+    criterion.level_weights[1] = 3.0
+    assert same_bits(criterion(levels, labels), focal_loss(levels, labels, num_classes=5, level_weights=[1.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    "attribute, value, named",
+    [
+        ("num_classes", 0, "num_classes"),
+        ("alpha", 1.5, "alpha"),
+        ("alpha", [0.5], "alpha"),
+        ("gamma", -1.0, "gamma"),
+        ("gamma", float("nan"), "gamma"),
+        ("label_smoothing", 2.0, "label_smoothing"),
+        ("detach_modulating_factor", "yes", "detach_modulating_factor"),
+        ("background_index", 2, "background_index"),
+        ("ignore_index", 5, "ignore_index"),
+        ("level_weights", [1.0], "level_weights"),
+        ("level_weights", [1.0, float("inf")], "level_weights"),
+        ("reduction", "average", "reduction"),
+        ("grad_mode", "fast", "grad_mode"),
+        ("loss_weight", float("inf"), "loss_weight"),
+        ("normalizer", 0.0, "normalizer"),
+        ("normalizer", "negatives", "normalizer"),
+    ],
+)
+def test_an_attribute_set_later_is_checked(attribute: str, value: Any, named: str) -> None:
+    criterion = FastFocalLoss(5)
+    criterion(*problem())
+    setattr(criterion, attribute, value)
+    for _ in range(2):  # and stays wrong
+        with pytest.raises((TypeError, ValueError), match=rf"^{named}"):
+            criterion(*problem())
+
+
+def test_star_attributes_set_later() -> None:
+    levels, labels = problem()
+    criterion = FastFocalLossStar(5)
+    criterion(levels, labels)
+    criterion.gamma, criterion.beta = 1.5, 0.5
+    assert same_bits(criterion(levels, labels), focal_loss_star(levels, labels, num_classes=5, gamma=1.5, beta=0.5))
+    criterion.beta = float("inf")
+    with pytest.raises(ValueError, match=r"^beta"):
+        criterion(levels, labels)
 
 
 def test_float64_alpha_survives() -> None:
