@@ -132,6 +132,13 @@ def test_every_tail_length(backend: Backend, elements: int, layout: str, generat
     test_kernels.test_every_tail_length(backend, elements, layout, generator)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("which", test_kernels.SPARSE)
+@pytest.mark.parametrize("cells", test_kernels.SHORT_PLANES)
+def test_short_planes(backend: Backend, cells: int, which: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    test_kernels.test_short_planes(backend, cells, which, dtype, generator)
+
+
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("name", ("coco", "one_class_8193", "two_images_of_8190", "17_levels"))
 def test_sizes(backend: Backend, name: str, layout: str, generator: torch.Generator) -> None:

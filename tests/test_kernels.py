@@ -350,6 +350,43 @@ def test_whole_tiles(backend: Backend, name: str, layout: str, dtype: torch.dtyp
         check(levels, labels, num_classes=size.classes, reduction="image", grad_mode=mode)
 
 
+SHORT_PLANES = (
+    1,
+    2,
+    9,
+    15,
+    16,
+    17,
+    63,
+    64,
+    65,
+    77,
+    127,
+    128,
+    129,
+    255,
+    256,
+    257,
+)  # about a vector, and about a group of them
+SPARSE = {"background": (0.0, 0.0), "positives": (0.02, 0.0), "ignored": (0.0, 0.02), "both": (0.03, 0.03)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("which", SPARSE)
+@pytest.mark.parametrize("cells", SHORT_PLANES)
+def test_short_planes(backend: Backend, cells: int, which: str, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Planes that are no whole vectors, and few of whose cells are not background; the last level's tiles begin inside one."""
+    positive, ignored = SPARSE[which]
+    for size in (Size(2, 2, 5, ((1, cells),)), Size(1, 2, 19, ((1, cells),)), Size(1, 2, 9000 // cells, ((1, cells),))):
+        levels = draw_levels(size, generator, dtype=dtype)
+        drawn = draw_classes(size, generator, positive=positive, ignored=ignored)
+        levels = [with_odd_logits_where_ignored(x, y, size) for x, y in zip(levels, drawn, strict=True)]
+        labels = encode(drawn, size.classes)
+        levels, labels = move(levels, backend.device), move(labels, backend.device)
+        for mode in ("save", "inplace"):
+            check(levels, labels, num_classes=size.classes, reduction="image", grad_mode=mode)
+
+
 def with_odd_logits_where_ignored(x: Tensor, drawn: Tensor, size: Size) -> Tensor:
     """inf, -inf and NaN in turn for the logits of ignored anchors; x is a level in any layout, changed where it lies."""
     odd = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=x.dtype)

@@ -125,18 +125,22 @@ struct PlainTile {
       const int n = int(end - i);
       const Vec v = load_first(x + i, n);
       const Term<Vec> t = formula.negative(v);
-      float logit[kLanes], loss[kLanes], slope[kLanes];
-      store(logit, v);
-      store(loss, t.loss);
-      store(slope, t.slope * weight);
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const int code = kCodes && lane < n ? codes[i - begin + lane] : kBackground;
-        if (lane >= n || (kCodes && (code == k || code == kIgnored))) loss[lane] = slope[lane] = 0;
+      Mask special = lanes_from(n);
+      bool any_found = false;
+      if (kCodes) {
+        const Codes c = load_first_codes(codes + (i - begin), n, int16_t(kBackground));
+        const CodeMask found = equal(c, int16_t(k));
+        special = either(special, either(found, equal(c, int16_t(kIgnored))));
+        any_found = any(found);
       }
-      if (kLoss) negatives.add(load(loss));
-      if (kGradient) store_first(g + i, load(slope), n);
-      for (int lane = 0; kCodes && lane < n; ++lane)
-        if (codes[i - begin + lane] == k) push(i + lane, logit[lane]);
+      if (kLoss) negatives.add(zero_where(special, t.loss));
+      if (kGradient) store_first(g + i, multiply_except(special, t.slope, weight), n);
+      if (any_found) {
+        float logit[kLanes];
+        store(logit, v);
+        for (int lane = 0; lane < n; ++lane)
+          if (codes[i - begin + lane] == k) push(i + lane, logit[lane]);
+      }
     }
   }
 
@@ -163,6 +167,17 @@ struct PlainTile {
 
   // Anchors' rows. Groups with a positive or ignored logit are computed apart, and what lies between them is one run.
   void class_last(const int16_t* codes, int classes, int64_t begin, int64_t end) {
+    const auto in_rows = [=](int64_t from, int64_t to, const auto& found) {
+      for (int64_t anchor = from / classes, row = anchor * classes; row < to; ++anchor, row += classes) {
+        const int code = codes[anchor];
+        if (code == kBackground) continue;
+        if (code == kIgnored) {
+          found(row < from ? from : row, row + classes < to ? row + classes : to, false);
+        } else if (row + code >= from && row + code < to) {
+          found(row + code, row + code + 1, true);
+        }
+      }
+    };
     int64_t start = begin;
     for (int64_t anchor = begin / classes; anchor * classes < end; ++anchor) {
       const int code = codes[anchor];
@@ -171,15 +186,17 @@ struct PlainTile {
       if (first < start || first >= end) continue;
       const int64_t from = begin + (first - begin) / kGroup * kGroup, to = from + kGroup < end ? from + kGroup : end;
       run<false>(start, from, nullptr, 0);
-      mixed(codes, classes, from, to);
+      mixed(from, to, in_rows);
       start = to;
       anchor = to / classes - 1;  // its successor's row may have begun in this group
     }
     run<false>(start, end, nullptr, 0);
   }
 
-  // A group of rows' logits, some positive or ignored. These are -inf among the negatives, which costs nothing.
-  void mixed(const int16_t* codes, int classes, int64_t begin, int64_t end) {
+  // A group of logits, some positive or ignored. These are -inf among the negatives, which costs nothing.
+  // specials(begin, end, found) calls found(from, to, whether positive) for each of them.
+  template <class Specials>
+  void mixed(int64_t begin, int64_t end, const Specials& specials) {
     constexpr float kNothing = -__builtin_inff();
     alignas(64) float logit[kGroup], exponential[kGroup];
     const int n = int(end - begin);
@@ -191,19 +208,14 @@ struct PlainTile {
     int positives_here = 0, where[kGroup];
     float positive_logit[kGroup];
     bool any_ignored = false;
-    for (int64_t row = begin / classes * classes - begin, anchor = begin / classes; row < n; row += classes, ++anchor) {
-      const int code = codes[anchor];
-      if (code == kBackground) continue;
-      if (code == kIgnored) {
-        any_ignored = true;
-        for (int64_t at = row < 0 ? 0 : row; at < row + classes && at < n; ++at) logit[at] = kNothing;
-      } else if (row + code >= 0 && row + code < n) {
-        const int at = int(row + code);
-        where[positives_here] = at;
-        positive_logit[positives_here++] = logit[at];
-        logit[at] = kNothing;
+    specials(begin, end, [&](int64_t from, int64_t to, bool is_positive) {
+      if (is_positive) {
+        where[positives_here] = int(from - begin);
+        positive_logit[positives_here++] = logit[from - begin];
       }
-    }
+      any_ignored |= !is_positive;
+      for (int64_t at = from; at < to; ++at) logit[at - begin] = kNothing;
+    });
 
     Vec sum(0.0f);
     for (i = 0; i < n; i += kLanes) store(exponential + i, formula.exponential(load(logit + i)));
@@ -221,16 +233,79 @@ struct PlainTile {
     for (i = 0; i < positives_here; ++i) push(begin + where[i], positive_logit[i]);
     if (!any_ignored) return;
     // 0 times a weight that is not finite would be NaN.
-    for (int64_t row = begin / classes * classes, anchor = begin / classes; row < end; row += classes, ++anchor)
-      if (codes[anchor] == kIgnored) zero(row < begin ? begin : row, row + classes < end ? row + classes : end);
+    specials(begin, end, [&](int64_t from, int64_t to, bool is_positive) {
+      if (!is_positive) zero(from, to);
+    });
   }
 
   // Planes: the cells of one class of one anchor shape; the codes lie in the same order.
   void class_first(const int16_t* codes, int classes, int64_t cells, int64_t begin, int64_t end) {
+    if (cells < kGroup && classes > 1) return short_planes(codes, classes, cells, begin, end);
+    planes(codes, classes, cells, begin, end);
+  }
+
+  void planes(const int16_t* codes, int classes, int64_t cells, int64_t begin, int64_t end) {
     int64_t plane = begin / cells;
     for (int64_t i = begin; i < end; ++plane) {
       const int64_t stop = (plane + 1) * cells < end ? (plane + 1) * cells : end;
       run<true>(i, stop, codes + plane / classes * cells + (i - plane * cells), int(plane % classes));
+      i = stop;
+    }
+  }
+
+  // Planes shorter than a group. All classes of one anchor shape are one run of memory, whose positives and ignored logits
+  // follow from the few anchors that are not background.
+  static constexpr uint64_t kFourBackground = ~uint64_t(0);
+  static_assert(kBackground == -1, "four codes of background are 64 set bits");
+  void short_planes(const int16_t* codes, int classes, int64_t cells, int64_t begin, int64_t end) {
+    const int64_t length = classes * cells;
+    for (int64_t shape = begin / length, i = begin; i < end; ++shape) {
+      const int64_t base = shape * length, stop = base + length < end ? base + length : end;
+      const int16_t* const code = codes + shape * cells;
+      int special = 0, cell[kGroup];
+      bool any_ignored = false;
+      for (int c = 0; c < int(cells) && special * 4 <= cells;) {
+        uint64_t four = 0;
+        if (c + 4 <= int(cells)) memcpy(&four, code + c, sizeof(four));
+        if (four == kFourBackground) {
+          c += 4;
+          continue;
+        }
+        if (code[c] != kBackground) cell[special++] = c;
+        any_ignored |= code[c++] == kIgnored;
+      }
+      if (special * 4 > cells) {
+        planes(codes, classes, cells, i, stop);
+        i = stop;
+        continue;
+      }
+      const auto in_planes = [&](int64_t from, int64_t to, const auto& found) {
+        for (int s = 0; s < special; ++s) {
+          const int k = code[cell[s]];
+          int64_t at = base + cell[s];
+          if (k != kIgnored) {
+            at += k * cells;
+            if (at >= from && at < to) found(at, at + 1, true);
+          } else {
+            if (at < from) at += (from - at + cells - 1) / cells * cells;
+            for (; at < to; at += cells) found(at, at + 1, false);
+          }
+        }
+      };
+      int64_t start = i;
+      for (int64_t from = i; special > 0 && from < stop; from += kGroup) {
+        const int64_t to = from + kGroup < stop ? from + kGroup : stop;
+        bool here = any_ignored;  // in every plane, so in nearly every group
+        for (int s = 0; s < special && !here; ++s) {
+          const int64_t at = base + code[cell[s]] * cells + cell[s];
+          here = at >= from && at < to;
+        }
+        if (!here) continue;
+        run<false>(start, from, nullptr, 0);
+        mixed(from, to, in_planes);
+        start = to;
+      }
+      run<false>(start, stop, nullptr, 0);
       i = stop;
     }
   }

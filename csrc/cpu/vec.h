@@ -94,6 +94,17 @@ inline void store(Half* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// The first n lanes; when loaded, the others are 0.
+inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec load_first(const float* p, int n) { return Vec(_mm512_maskz_loadu_ps(first(n), p)); }
+inline Vec load_first(const BFloat16* p, int n) {
+  const __m512i x = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
+  return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)));
+}
+inline Vec load_first(const Half* p, int n) { return Vec(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))); }
+inline void store_first(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first(n), x.v); }
+inline Mask lanes_from(int n) { return {static_cast<__mmask16>(~first(n))}; }
+
 // Rounded to nearest, ties to even. A NaN has to be canonical: its last 16 bits are not looked at.
 inline __m512i rounded_in_high_half(Vec x) {
   const __m512i b = _mm512_castps_si512(x.v);
@@ -111,9 +122,13 @@ inline void store_pair(BFloat16* p, Vec a, Vec b) {
 using Codes = __m256i;
 using CodeMask = __mmask16;
 inline Codes load_codes(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Codes load_first_codes(const int16_t* p, int n, int16_t rest) {
+  return _mm256_mask_loadu_epi16(_mm256_set1_epi16(rest), first(n), p);
+}
 inline CodeMask equal(Codes codes, int16_t c) { return _mm256_cmpeq_epi16_mask(codes, _mm256_set1_epi16(c)); }
 inline bool any(CodeMask m) { return m != 0; }
 inline Mask either(CodeMask a, CodeMask b) { return {static_cast<__mmask16>(a | b)}; }
+inline Mask either(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
 // Where the mask is set: 0, whatever x is there, NaN included.
 inline Vec zero_where(Mask m, Vec x) { return Vec(_mm512_maskz_mov_ps(static_cast<__mmask16>(~m.m), x.v)); }
 inline Vec zero_below(Vec x, Vec least, Vec y) {
@@ -215,6 +230,11 @@ inline Codes load_codes(const int16_t* p) { return _mm_loadu_si128(reinterpret_c
 inline CodeMask equal(Codes codes, int16_t c) { return _mm_cmpeq_epi16(codes, _mm_set1_epi16(c)); }
 inline bool any(CodeMask m) { return _mm_testz_si128(m, m) == 0; }
 inline Mask either(CodeMask a, CodeMask b) { return {_mm256_castsi256_ps(_mm256_cvtepi16_epi32(_mm_or_si128(a, b)))}; }
+inline Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.m, b.m)}; }
+inline Mask lanes_from(int n) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(lane, _mm256_set1_epi32(n - 1)))};
+}
 // Where the mask is set: 0, whatever x is there, NaN included.
 inline Vec zero_where(Mask m, Vec x) { return Vec(_mm256_andnot_ps(m.m, x.v)); }
 
@@ -301,6 +321,8 @@ inline Codes load_codes(const int16_t* p) { return Ints{p[0], p[1], p[2], p[3]};
 inline CodeMask equal(Codes codes, int16_t c) { return codes == int32_t(c); }
 inline bool any(CodeMask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 inline Mask either(CodeMask a, CodeMask b) { return {a | b}; }
+inline Mask either(Mask a, Mask b) { return {a.m | b.m}; }
+inline Mask lanes_from(int n) { return {Ints{0, 1, 2, 3} >= n}; }
 inline Vec zero_where(Mask m, Vec x) { return Vec(Floats(~m.m & Ints(x.v))); }
 
 struct Sum {
@@ -319,12 +341,19 @@ inline Vec add_except(Mask m, Vec sum, Vec x) { return sum + zero_where(m, x); }
 inline Vec multiply_except(Mask m, Vec x, Vec y) { return zero_where(m, x * y); }
 #endif
 
+#if !defined(__AVX512F__)
 template <class T>
 inline Vec load_first(const T* p, int n) {  // the first n lanes, the rest 0
   T lanes[kLanes] = {};
   memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
   return load(lanes);
 }
+inline Codes load_first_codes(const int16_t* p, int n, int16_t rest) {
+  int16_t lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < n ? p[i] : rest;
+  return load_codes(lanes);
+}
+#endif
 template <class T>
 inline void store_first(T* p, Vec x, int n) {
   T lanes[kLanes];
