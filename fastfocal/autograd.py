@@ -66,9 +66,8 @@ class Call(NamedTuple):
 
     mode: str
     options: Options
-    dense: list[
-        Tensor
-    ]  # the logits in the memory order that the kernels read: the same tensors but for those copied for it
+    # The logits in the memory order that the kernels read: the same tensors but for those copied for it.
+    dense: list[Tensor]
     needs_grad: list[int]  # a flag a level
     copied: list[Memory | None] | None  # None: no level was
 

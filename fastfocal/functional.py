@@ -82,19 +82,13 @@ def focal_loss(
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A
             label that is neither class, background nor ignored is a ValueError on the CPU and a device-side assertion on CUDA.
     """
+    formula = plain_formula(gamma, label_smoothing, detach_modulating_factor)
+    classes = arguments.number_of_classes(logits, targets, num_classes)
     number, class_alpha = arguments.split_alpha(alpha)
-    settings = make_settings(
-        plain_formula(gamma, label_smoothing, detach_modulating_factor),
-        arguments.number_of_classes(logits, targets, num_classes),
-        number,
-        background_index,
-        ignore_index,
-        level_weights,
-        reduction,
-        grad_mode,
-        loss_weight,
+    options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
+    return pyramid_loss(
+        make_settings(formula, classes, number, *options), logits, targets, weight, normalizer, class_alpha
     )
-    return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
 
 
 def focal_loss_star(
@@ -134,19 +128,13 @@ def focal_loss_star(
     Raises:
         ValueError, TypeError: as :func:`fastfocal.focal_loss`.
     """
+    formula = star_formula(gamma, beta)
+    classes = arguments.number_of_classes(logits, targets, num_classes)
     number, class_alpha = arguments.split_alpha(alpha)
-    settings = make_settings(
-        star_formula(gamma, beta),
-        arguments.number_of_classes(logits, targets, num_classes),
-        number,
-        background_index,
-        ignore_index,
-        level_weights,
-        reduction,
-        grad_mode,
-        loss_weight,
+    options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
+    return pyramid_loss(
+        make_settings(formula, classes, number, *options), logits, targets, weight, normalizer, class_alpha
     )
-    return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
 
 
 class Formula(NamedTuple):

@@ -253,18 +253,19 @@ struct PlainTile {
     }
   }
 
-  // Planes shorter than a group. All classes of one anchor shape are one run of memory, whose positives and ignored logits
-  // follow from the few anchors that are not background.
   static constexpr uint64_t kFourBackground = ~uint64_t(0);
   static_assert(kBackground == -1, "four codes of background are 64 set bits");
+
+  // Planes shorter than a group. All classes of one anchor shape are one run of memory, whose positives and ignored logits
+  // follow from the few anchors that are not background; where these are not few, it is plane by plane as with longer ones.
   void short_planes(const int16_t* codes, int classes, int64_t cells, int64_t begin, int64_t end) {
-    const int64_t length = classes * cells;
+    const int64_t length = classes * cells, few = cells < 64 ? 16 : cells / 4;
     for (int64_t shape = begin / length, i = begin; i < end; ++shape) {
       const int64_t base = shape * length, stop = base + length < end ? base + length : end;
       const int16_t* const code = codes + shape * cells;
       int special = 0, cell[kGroup];
       bool any_ignored = false;
-      for (int c = 0; c < int(cells) && special * 4 <= cells;) {
+      for (int c = 0; c < int(cells) && special <= few;) {
         uint64_t four = 0;
         if (c + 4 <= int(cells)) memcpy(&four, code + c, sizeof(four));
         if (four == kFourBackground) {
@@ -274,7 +275,7 @@ struct PlainTile {
         if (code[c] != kBackground) cell[special++] = c;
         any_ignored |= code[c++] == kIgnored;
       }
-      if (special * 4 > cells) {
+      if (special > few) {
         planes(codes, classes, cells, i, stop);
         i = stop;
         continue;
