@@ -176,5 +176,13 @@ def test_ignored_anchors_leave_no_trace(backend: Backend, bad: float, layout: st
     test_options.test_ignored_anchors_leave_no_trace(backend, bad, layout, generator)
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("cells", test_kernels.SHORT_PLANES)
+def test_ignored_under_an_infinite_weight(
+    backend: Backend, cells: int, layout: str, generator: torch.Generator
+) -> None:
+    test_kernels.test_ignored_under_an_infinite_weight(backend, cells, layout, generator)
+
+
 def test_nan_stays_where_it_is(backend: Backend, generator: torch.Generator) -> None:
     test_options.test_nan_stays_where_it_is(backend, generator)

@@ -387,6 +387,29 @@ def test_short_planes(backend: Backend, cells: int, which: str, dtype: torch.dty
             check(levels, labels, num_classes=size.classes, reduction="image", grad_mode=mode)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("cells", SHORT_PLANES)
+def test_ignored_under_an_infinite_weight(
+    backend: Backend, cells: int, layout: str, generator: torch.Generator
+) -> None:
+    """A divisor of 0 makes the weights infinite, and 0 times that is NaN: an ignored anchor's gradient is 0 all the same."""
+    size = Size(1, 2, 19, ((1, cells),))
+    (x,), (drawn,) = (
+        draw_levels(size, generator, layout=layout),
+        draw_classes(size, generator, positive=0, ignored=0.03),
+    )
+    drawn[0, cells // 2] = IGNORED
+    labels = encode([drawn], size.classes)
+    leaf = x.to(backend.device).requires_grad_()
+    loss = fastfocal.focal_loss(
+        [leaf], move(labels, backend.device), num_classes=19, normalizer=torch.zeros((), device=backend.device)
+    )
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    by_anchor = gradient.cpu().unflatten(1, (2, 19)).permute(0, 3, 4, 1, 2).reshape(1, -1, 19)
+    assert (by_anchor[drawn == IGNORED] == 0).all()
+    assert by_anchor[drawn != IGNORED].isinf().all()
+
+
 def with_odd_logits_where_ignored(x: Tensor, drawn: Tensor, size: Size) -> Tensor:
     """inf, -inf and NaN in turn for the logits of ignored anchors; x is a level in any layout, changed where it lies."""
     odd = torch.tensor([float("inf"), -float("inf"), float("nan")], dtype=x.dtype)
