@@ -326,6 +326,11 @@ def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | 
     return weights
 
 
+def check_number_of_level_weights(level_weights: list[float], levels: int) -> None:
+    if len(level_weights) != levels:
+        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(level_weights)}")
+
+
 def check_normalizer(normalizer: str | float | Tensor | None, like: Tensor, soft: bool) -> None:
     if normalizer is None:
         return

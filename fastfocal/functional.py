@@ -283,8 +283,7 @@ def level_scales(settings: Settings, levels: int, number: float) -> list[float]:
     weights = settings.level_weights
     if weights is None:
         return [settings.loss_weight / number] * levels
-    if len(weights) != levels:
-        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(weights)}")
+    arguments.check_number_of_level_weights(weights, levels)
     return [settings.loss_weight * weight / number for weight in weights]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastfocal import arguments
 from fastfocal.functional import (
@@ -83,7 +85,7 @@ class FastFocalLoss(nn.Module):
         self.reduction = reduction
         self.grad_mode = grad_mode
         self.loss_weight = loss_weight
-        self._checked: tuple[tuple[object, ...], tuple[float, ...], Settings] | None = None
+        self._checked: tuple[object, ...] = ()
         self._settings(number)
 
     def forward(
@@ -116,17 +118,20 @@ class FastFocalLoss(nn.Module):
                 alpha,
                 self.background_index,
                 self.ignore_index,
-                None if weights is None else tuple(weights),
+                weights,
                 self.reduction,
                 self.grad_mode,
                 self.loss_weight,
             ),
         )
-        checked = self._checked
-        if checked is None or checked[0] != options or checked[1] != formula_options:
-            settings = make_settings(self._make_formula(*formula_options), *options)
-            self._checked = checked = (options, formula_options, settings)
-        return checked[2]
+        if is_compiling():  # what is constant costs nothing there
+            return make_settings(self._make_formula(*formula_options), *options)
+        # The same objects, not equal ones: 0 equals False, and a tensor answers with a tensor. A list may change inside.
+        now = (*formula_options, *options, *(() if weights is None else weights))
+        if len(now) != len(self._checked) or not all(map(operator.is_, now, self._checked)):
+            self._of_checked = make_settings(self._make_formula(*formula_options), *options)
+            self._checked = now
+        return self._of_checked
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
         before = self.class_alpha

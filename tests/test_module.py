@@ -121,8 +121,12 @@ def test_level_weights_changed_in_place_count() -> None:
         ("alpha", [0.5], "alpha"),
         ("gamma", -1.0, "gamma"),
         ("gamma", float("nan"), "gamma"),
+        ("gamma", torch.tensor([1.0, 2.0]), "gamma"),
+        ("gamma", "2", "gamma"),
         ("label_smoothing", 2.0, "label_smoothing"),
         ("detach_modulating_factor", "yes", "detach_modulating_factor"),
+        ("detach_modulating_factor", 0, "detach_modulating_factor"),  # equal to what was there
+        ("num_classes", 5.0, "num_classes"),
         ("background_index", 2, "background_index"),
         ("ignore_index", 5, "ignore_index"),
         ("level_weights", [1.0], "level_weights"),
