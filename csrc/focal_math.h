@@ -344,10 +344,10 @@ enum class Gamma { kTwo, kAny };
 // which is off by 5e-4 itself.
 enum class Accuracy { kFloat, kSixteenBits };
 
-// The policy the kernels take: a member of the family gives a struct with negative(x), the same in the two steps
-// exponential(x) and negative(x, e), positive(x) and soft(x, y). Further members (quality, varifocal, asymmetric) are further
-// structs; the kernels stay as they are. A negative logit of -inf costs exactly 0 and has slope 0: kernels put it where nothing
-// is to be counted.
+// The policy the kernels take: a member of the family gives a struct with negative(x), the same in the steps exponential(x),
+// logarithm(e) where kLogarithm, and negative(x, e, log), positive(x) and soft(x, y). Further members (quality, varifocal,
+// asymmetric) are further structs; the kernels stay as they are. A negative logit of -inf costs exactly 0 and has slope 0:
+// kernels put it where nothing is to be counted.
 template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy = Accuracy::kFloat>
 struct FocalLoss {
   S gamma;               // of the slope alone: 0 where q^gamma counts as a constant, whose derivative is left out
@@ -365,14 +365,20 @@ struct FocalLoss {
   FASTFOCAL_HD Term<V> negative(V x) const {
     return term(x);
   }
-  // The same in two steps, for a kernel that wants them apart.
+  // The same in steps, for a kernel that wants them apart. With gamma = 2 a multiply-add adds the logarithm where it is wanted,
+  // and log is not looked at; else it is wanted twice.
+  static constexpr bool kLogarithm = kGamma == Gamma::kAny;
   template <class V>
   FASTFOCAL_HD V exponential(V x) const {
     return exp_nonpositive(minus_absolute(x));
   }
   template <class V>
-  FASTFOCAL_HD Term<V> negative(V x, V e) const {
-    return full_term(x, e);
+  FASTFOCAL_HD V logarithm(V e) const {
+    return kLogarithm ? log1p_unit(e) : V(S(0));
+  }
+  template <class V>
+  FASTFOCAL_HD Term<V> negative(V x, V e, V log) const {
+    return full_term(x, e, log);
   }
 
   template <class V>
@@ -420,7 +426,8 @@ struct FocalLoss {
     if constexpr (kAccuracy == Accuracy::kSixteenBits) {
       return short_term(z);
     } else {
-      return full_term(z, exponential(z));
+      const V e = exponential(z);
+      return full_term(z, e, logarithm(e));
     }
   }
 
@@ -439,7 +446,12 @@ struct FocalLoss {
   }
 
   template <class V>
-  FASTFOCAL_HD Term<V> full_term(V z, V e) const {
+  FASTFOCAL_HD static V add_logarithm(V e, V log, V x) {
+    return kLogarithm ? log + x : add_log1p_unit(e, x);
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> full_term(V z, V e, V log) const {
     const V zero = V(S(0)), one = V(S(1));
     const V r = reciprocal(one + e);
     const V er = e * r;
@@ -454,16 +466,16 @@ struct FocalLoss {
       // Smoothing leaves a far logit a loss of q^gamma times |z|.
       const S least = exp_least<S>() / (kSmoothing ? at_least(at_most(multiple.gamma, S(1)), S(1e-28)) : S(1));
       const V below = select(right, at_least(minus_absolute(z), V(least)), zero);
-      power = exp_of_multiple(multiple, below, log1p_unit(e));
+      power = exp_of_multiple(multiple, below, log);
     }
 
     if constexpr (kSmoothing) {
       const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
-      const V ce = add_log1p_unit(e, zero - minus_absolute(z) * u);
+      const V ce = add_logarithm(e, log, zero - minus_absolute(z) * u);
       const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q - V(half_smoothing));
       return {power * at_most_where_zero(ce, power), slope};
     } else {
-      const V ce = add_log1p_unit(e, at_least(z, zero));
+      const V ce = add_logarithm(e, log, at_least(z, zero));
       const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q);
       return {power * ce, slope};
     }
@@ -483,15 +495,16 @@ struct FocalLossStar {
 
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x) const {
-    return negative(x, exponential(x));
+    return term(of_negative(x), exponential(x));
   }
+  static constexpr bool kLogarithm = false;
   template <class V>
   FASTFOCAL_HD V exponential(V x) const {
     const V z = of_negative(x);
     return exponential(z, rest_of(V(gamma), x, z));
   }
   template <class V>
-  FASTFOCAL_HD Term<V> negative(V x, V e) const {
+  FASTFOCAL_HD Term<V> negative(V x, V e, V) const {
     return term(of_negative(x), e);
   }
 

@@ -17,8 +17,9 @@ using fastfocal::select;
 // ---------------------------------------------------------------------------------------------------------------------
 // The plain case (is_plain in call.h): a constant weight for each of the two classes.
 
-// Vectors that are taken together: all their exponentials first, then the rest. The schedulers of a processor hold no more
-// than four or five vectors' instructions, which wait for each other; half the chain at a time is twice as many vectors.
+// Vectors that are taken together: all their exponentials first, then their logarithms where these are wanted twice, then the
+// rest. The schedulers of a processor hold no more than four or five vectors' instructions, which wait for each other; half the
+// chain at a time is twice as many vectors.
 // It is also how many are added in float before they go to double: 16 roundings of 6e-8 at the most.
 constexpr int kTogether = 16;
 constexpr int kGroup = kTogether * kLanes;
@@ -67,6 +68,13 @@ struct PlainTile {
     pending = 0;
   }
 
+  void logarithms(const float* exponential, int n, float* logarithm) const {
+    if constexpr (Formula::kLogarithm) {
+      for (int i = 0; i < n; i += kLanes) store(logarithm + i, formula.logarithm(load(exponential + i)));
+    }
+  }
+  static Vec load_logarithm(const float* logarithm) { return Formula::kLogarithm ? load(logarithm) : Vec(0.0f); }
+
   // Logits [begin, end) as negatives. With codes, those of class k or ignored are left out and get gradient 0.
   template <bool kCodes>
   void run(int64_t begin, int64_t end, const int16_t* codes, int k) {
@@ -76,7 +84,7 @@ struct PlainTile {
     const Formula formula = this->formula;
     const Vec weight(negative);
     int64_t i = begin;
-    alignas(64) float exponential[kGroup];
+    alignas(64) float exponential[kGroup], logarithm[kGroup];
     while (i + kLanes <= end) {
       const int64_t stop = end - i < kTogether * kLanes ? end - kLanes : i + (kTogether - 1) * kLanes;
       const int64_t first = i;
@@ -85,10 +93,11 @@ struct PlainTile {
         for (int n = 0; n < kPerLine<T> && at <= stop; ++n, at += kLanes)
           store(exponential + (at - first), formula.exponential(load(x + at)));
       }
+      logarithms(exponential, int(stop - first) + kLanes, logarithm);
       Vec sum(0.0f);
       const auto slope_at = [&](int64_t at) {
         const Vec v = load(x + at);
-        const Term<Vec> t = formula.negative(v, load(exponential + (at - first)));
+        const Term<Vec> t = formula.negative(v, load(exponential + (at - first)), load_logarithm(logarithm + (at - first)));
         if (!kCodes) {
           if (kLoss) sum = sum + t.loss;
           return t.slope * weight;
@@ -198,7 +207,7 @@ struct PlainTile {
   template <class Specials>
   void mixed(int64_t begin, int64_t end, const Specials& specials) {
     constexpr float kNothing = -__builtin_inff();
-    alignas(64) float logit[kGroup], exponential[kGroup];
+    alignas(64) float logit[kGroup], exponential[kGroup], logarithm[kGroup];
     const int n = int(end - begin);
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) store(logit + i, load(x + begin + i));
@@ -219,8 +228,9 @@ struct PlainTile {
 
     Vec sum(0.0f);
     for (i = 0; i < n; i += kLanes) store(exponential + i, formula.exponential(load(logit + i)));
+    logarithms(exponential, n, logarithm);
     for (i = 0; i < n; i += kLanes) {
-      const Term<Vec> t = formula.negative(load(logit + i), load(exponential + i));
+      const Term<Vec> t = formula.negative(load(logit + i), load(exponential + i), load_logarithm(logarithm + i));
       if (kLoss) sum = sum + t.loss;
       if (!kGradient) continue;
       if (i + kLanes <= n) {
