@@ -163,9 +163,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
         seconds = time.perf_counter() - start
 
     peaks = []
-    for _ in range(
-        1 if row.slow else 3
-    ):  # other rows left holes in the heap: a call may touch pages its first try did not
+    for _ in range(1 if row.slow else 3):  # other rows left holes in the heap, and some calls touch more of them
         call.prepare(1)
         peaks.append(peak_extra_bytes(one_call, device))
         call.release()
