@@ -125,7 +125,11 @@ inline Codes load_codes(const int16_t* p) { return _mm256_loadu_si256(reinterpre
 inline Codes load_first_codes(const int16_t* p, int n, int16_t rest) {
   return _mm256_mask_loadu_epi16(_mm256_set1_epi16(rest), first(n), p);
 }
-inline CodeMask equal(Codes codes, int16_t c) { return _mm256_cmpeq_epi16_mask(codes, _mm256_set1_epi16(c)); }
+// Asked the other way round: of two such masks, what is wanted is where neither is set, and that is one comparison under the
+// other's mask. From the masks of where they are equal it would be two more instructions, which cost a tenth of the loop.
+inline CodeMask equal(Codes codes, int16_t c) {
+  return static_cast<CodeMask>(~_mm256_cmpneq_epi16_mask(codes, _mm256_set1_epi16(c)));
+}
 inline bool any(CodeMask m) { return m != 0; }
 inline Mask either(CodeMask a, CodeMask b) { return {static_cast<__mmask16>(a | b)}; }
 inline Mask either(Mask a, Mask b) { return {static_cast<__mmask16>(a.m | b.m)}; }
