@@ -379,5 +379,6 @@ def rows_of(case: Case, every: bool, cuda: bool) -> Iterable[Row]:
         if row.name == "operators" and case.section != "small":
             continue
         few = not row.slow or row.only_cuda or (row.name == "eager_per_level" and eager)
+        few = few or (row.name == "compile_per_level" and eager and case.section == "main")
         if few or every or main:
             yield row

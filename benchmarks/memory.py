@@ -29,22 +29,25 @@ from collections.abc import Callable
 import torch
 
 MIB = 2**20
-_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt in malloc.h
+_MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of mallopt in malloc.h
+_MMAP_MAX_DEFAULT, _INT_MAX = 65536, 2**31 - 1
 
 
-def fix_allocator(largest: int) -> None:
+def fix_allocator(largest: int, keep: bool = False) -> None:
     """Settles for all rows alike whether their blocks are fresh memory; glibc would decide by what ran before.
 
     Args:
         largest: bytes of all levels. From 32 MiB up, blocks of more than 1 MiB are mapped when they are allocated and
             unmapped when they are released, as glibc does by itself with blocks of more than 32 MiB unless something has
             left a hole that they fit in. Below, everything comes from a heap that stays warm, as with glibc after a while.
+        keep: that heap for blocks of all sizes, as with MALLOC_MMAP_MAX_=0 in the environment, or jemalloc or tcmalloc.
     """
-    threshold, kept = (1, 16) if largest >= 32 * MIB else (32, 256)
+    threshold, kept = (1, 16 * MIB) if largest >= 32 * MIB else (32, 256 * MIB)
     try:
         libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_MAX, 0 if keep else _MMAP_MAX_DEFAULT)
         libc.mallopt(_MMAP_THRESHOLD, threshold * MIB)
-        libc.mallopt(_TRIM_THRESHOLD, kept * MIB)
+        libc.mallopt(_TRIM_THRESHOLD, _INT_MAX if keep else kept)
         libc.malloc_trim(0)
     except (AttributeError, OSError):
         pass  # no glibc

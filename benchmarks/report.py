@@ -31,6 +31,8 @@ LABELS = {
     "fastfocal_graph": "fastfocal (CUDA graph)",
     "copy_graph": "copy (CUDA graph)",
 }
+FRESH = "blocks of more than 1 MiB are fresh in cases of 32 MiB and more"
+KEPT = "malloc keeps what is released (`--keep-memory`)"
 NOISY = 0.2  # interquartile range over median, from which on a row is marked
 OURS, FLOOR, OTHERS = "#d1495b", "#8d99ae", "#30638e"
 
@@ -100,6 +102,8 @@ class Report:
         where = f"{facts['cpu_name']} ({facts['cpu_capability']}), {facts['threads']} threads"
         if facts["gpu"]:
             where = f"{facts['gpu']}, CUDA {facts['cuda']}"
+        elif facts.get("keep_memory"):
+            where += ", malloc keeps memory"
         return f"{where} · torch {facts['torch']} · fastfocal {facts['version']} · commit {self.commit} · {self.date}"
 
 
@@ -168,6 +172,8 @@ def markdown(report: Report, pictures: list[str]) -> Iterator[str]:
     if facts["gpu"]:
         capability = ".".join(map(str, facts["gpu_capability"]))
         yield f"* GPU: {facts['gpu']} (compute capability {capability}), CUDA {facts['cuda']}"
+    if not facts["gpu"]:
+        yield f"* memory: {KEPT if facts.get('keep_memory') else FRESH}"
     if facts["load_average"] is not None:
         yield f"* load average at the end of the run: {facts['load_average']:.1f}"
     yield "\nMedians; `~` marks an interquartile range above a fifth of the median. See ../README.md for the method.\n"

@@ -126,13 +126,13 @@ def threads(request: pytest.FixtureRequest) -> Iterable[None]:
     torch.set_num_threads(before)
 
 
-def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.device) -> None:
+def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.device, keep_memory: bool) -> None:
     """Check, memory, time, in this order."""
     for module in row.needs:
         pytest.importorskip(module)
     if not fits(row, case, device):  # 1e9 logits, or an eager loop over 1e8: how far a machine gets is its own matter
         pytest.skip(f"{row.name} of {case.name} does not fit into memory")
-    fix_allocator(case.logit_bytes)
+    fix_allocator(case.logit_bytes, keep_memory)
     sets = inputs_of(case, device)
     call = row.make(case, sets)
     calls = calls_per_round(case, device.type == "cuda")
@@ -208,20 +208,20 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
 
 
 @pytest.mark.usefixtures("threads")
-def test_focal_loss(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
-    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+def test_focal_loss(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
 
 
 @pytest.mark.usefixtures("threads")
-def test_number_of_logits(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
-    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+def test_number_of_logits(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
 
 
 @pytest.mark.usefixtures("threads")
-def test_number_of_levels(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
-    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+def test_number_of_levels(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
 
 
 @pytest.mark.usefixtures("threads")
-def test_small_work(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device) -> None:
-    measure(benchmark, _cases[case_key], ROWS[row_name], device)
+def test_small_work(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+    measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
