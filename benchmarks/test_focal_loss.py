@@ -208,20 +208,28 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
 
 
 @pytest.mark.usefixtures("threads")
-def test_focal_loss(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+def test_focal_loss(
+    benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool
+) -> None:
     measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
 
 
 @pytest.mark.usefixtures("threads")
-def test_number_of_logits(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+def test_number_of_logits(
+    benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool
+) -> None:
     measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
 
 
 @pytest.mark.usefixtures("threads")
-def test_number_of_levels(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+def test_number_of_levels(
+    benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool
+) -> None:
     measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
 
 
 @pytest.mark.usefixtures("threads")
-def test_small_work(benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool) -> None:
+def test_small_work(
+    benchmark: BenchmarkFixture, row_name: str, case_key: str, device: torch.device, keep_memory: bool
+) -> None:
     measure(benchmark, _cases[case_key], ROWS[row_name], device, keep_memory)
