@@ -452,8 +452,9 @@ struct Lanes<double> {
 template <class S>
 struct Block {
   static constexpr int kMost = 256;
-  S positive[kMost], negative[kMost];  // weights, times the scale
-  S target[kMost], ignored[kMost];     // from labels, 0 or 1
+  S positive[kMost], negative[kMost];      // weights, times the scale
+  S target[kMost], ignored[kMost];         // from labels, 0 or 1
+  S exponential[kMost], logarithm[kMost];  // the first steps of the formula for negatives (see kTogether)
   bool any_positive, any_ignored;
 };
 
@@ -569,6 +570,16 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
   for (int64_t start = tile.begin; start < tile.end; start += Block<S>::kMost) {
     const int n = tile.end - start < Block<S>::kMost ? int(tile.end - start) : Block<S>::kMost;
     gather(uint32_t(start - tile.begin), n, &block);
+    if (!call.soft) {
+      for (int i = 0; i < n; i += L::kCount) {
+        const int count = n - i < L::kCount ? n - i : L::kCount;
+        L::store(block.exponential + i, formula.exponential(L::load(x + start + i, count)), L::kCount);
+      }
+      if constexpr (Formula::kLogarithm) {
+        for (int i = 0; i < n; i += L::kCount)
+          L::store(block.logarithm + i, formula.logarithm(L::load(block.exponential + i)), L::kCount);
+      }
+    }
     for (int i = 0; i < n; i += L::kCount) {
       const int count = n - i < L::kCount ? n - i : L::kCount;
       const int64_t at = start + i;
@@ -583,7 +594,7 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
         t = formula.soft(v, y);
         weight = fused_multiply_add(y, positive - negative, negative);
       } else {
-        t = formula.negative(v);
+        t = formula.negative(v, L::load(block.exponential + i), Formula::kLogarithm ? L::load(block.logarithm + i) : zero);
         weight = negative;
         if (block.any_positive) {
           const Term<V> yes = formula.positive(v);
