@@ -452,10 +452,10 @@ struct Lanes<double> {
 template <class S>
 struct Block {
   static constexpr int kMost = 256;
-  S positive[kMost], negative[kMost];      // weights, times the scale
-  S target[kMost], ignored[kMost];         // from labels, 0 or 1
-  S exponential[kMost], logarithm[kMost];  // the first steps of the formula for negatives (see kTogether)
-  bool any_positive, any_ignored;
+  S negative[kMost], positive[kMost] = {};         // weights, times the scale; with labels, positive ones where target is 1
+  S target[kMost] = {}, ignored[kMost] = {};       // from labels, 0 or 1
+  bool any_positive = false, any_ignored = false;  // of these
+  S exponential[kMost], logarithm[kMost];          // the first steps of the formula for negatives (see kTogether)
 };
 
 template <class S>
@@ -468,13 +468,15 @@ class Gather {
         rows_(map_.layout == Layout::kClassLast && map_.classes.divisor > 1),
         anchor_base_(call.levels.level[tile.level].first_anchor + tile.image * call.levels.level[tile.level].anchors) {}
 
-  // Elements [offset, offset + n) of the tile.
+  // Elements [offset, offset + n) of the tile. The block holds what was gathered before them, or nothing.
   void operator()(uint32_t offset, int n, Block<S>* block) const {
     const bool weighted = call_.anchor_weight != nullptr || call_.class_alpha != nullptr;
+    if (block->any_positive) fill(block->target, Block<S>::kMost, S(0));
+    if (block->any_ignored && rows_) fill(block->ignored, Block<S>::kMost, S(0));  // planes write all of them
     block->any_positive = block->any_ignored = false;
     if (!weighted) {
-      fill(block->positive, n, scale_ * positive_weight<S>(call_, 0));
       fill(block->negative, n, scale_ * negative_weight<S>(call_, 0));
+      if (call_.soft) fill(block->positive, n, scale_ * positive_weight<S>(call_, 0));
     }
     if (weighted || !call_.soft) {
       for (int i = 0, count; i < n; i += count) {
@@ -484,7 +486,7 @@ class Gather {
           const int rest = int(map_.classes.divisor) - place.k;
           count = rest < n - i ? rest : n - i;
           if (weighted) weigh_row(anchor, place.k, i, count, block);
-          if (!call_.soft) label_row(code_at(call_, anchor), place.k, i, count, block);
+          if (!call_.soft) label_row(anchor, place.k, i, count, block);
         } else {
           const int64_t rest = map_.layout == Layout::kClassLast ? n : int64_t(map_.cells.divisor) - place.cell;
           count = rest < n - i ? int(rest) : n - i;
@@ -493,54 +495,60 @@ class Gather {
         }
       }
     }
-    for (int i = n; i % Lanes<S>::kCount != 0; ++i)
-      block->target[i] = block->ignored[i] = block->positive[i] = block->negative[i] = 0;
+    for (int i = n; i % Lanes<S>::kCount != 0; ++i) block->positive[i] = block->negative[i] = 0;
   }
 
  private:
   static void fill(S* p, int n, S x) {
     for (int i = 0; i < n; ++i) p[i] = x;
   }
+  S weight_of(int64_t anchor) const {
+    return call_.anchor_weight == nullptr ? scale_ : scale_ * static_cast<const S*>(call_.anchor_weight)[anchor];
+  }
+  void mark_positive(int64_t anchor, int k, int at, Block<S>* block) const {
+    block->target[at] = 1;
+    block->positive[at] = weight_of(anchor) * positive_weight<S>(call_, k);
+    block->any_positive = true;
+  }
 
   // Classes k, k + 1, ... of one anchor.
   void weigh_row(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
-    const S* const weights = static_cast<const S*>(call_.anchor_weight);
-    const S weight = weights == nullptr ? scale_ : scale_ * weights[anchor];
-    for (int i = 0; i < count; ++i) {
-      block->positive[begin + i] = weight * positive_weight<S>(call_, k + i);
-      block->negative[begin + i] = weight * negative_weight<S>(call_, k + i);
-    }
+    const S weight = weight_of(anchor);
+    for (int i = 0; i < count; ++i) block->negative[begin + i] = weight * negative_weight<S>(call_, k + i);
+    for (int i = 0; call_.soft && i < count; ++i) block->positive[begin + i] = weight * positive_weight<S>(call_, k + i);
   }
-  void label_row(int code, int k, int begin, int count, Block<S>* block) const {
-    fill(block->target + begin, count, S(0));
-    fill(block->ignored + begin, count, S(code == kIgnored));
-    block->any_ignored |= code == kIgnored;
-    if (code < k || code >= k + count) return;
-    block->target[begin + code - k] = 1;
-    block->any_positive = true;
+  void label_row(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
+    const int code = code_at(call_, anchor);
+    if (code == kIgnored) {
+      fill(block->ignored + begin, count, S(1));
+      block->any_ignored = true;
+    } else if (code >= k && code < k + count) {
+      mark_positive(anchor, code, begin + code - k, block);
+    }
   }
 
   // One class of this anchor and those after it.
   void weigh_plane(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
+    weigh_anchors(anchor, count, negative_weight<S>(call_, k), block->negative + begin);
+    if (call_.soft) weigh_anchors(anchor, count, positive_weight<S>(call_, k), block->positive + begin);
+  }
+  void weigh_anchors(int64_t anchor, int count, S weight, S* out) const {
     const S* const weights = static_cast<const S*>(call_.anchor_weight);
-    const S positive = positive_weight<S>(call_, k), negative = negative_weight<S>(call_, k);
-    for (int i = 0; i < count; ++i) {
-      const S weight = weights == nullptr ? scale_ : scale_ * weights[anchor + i];
-      block->positive[begin + i] = weight * positive;
-      block->negative[begin + i] = weight * negative;
-    }
+    const S scale = scale_;
+    if (weights == nullptr) return fill(out, count, scale * weight);
+    for (int i = 0; i < count; ++i) out[i] = scale * weights[anchor + i] * weight;
   }
   void label_plane(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
     int positives = 0, ignored = 0;
     for (int i = 0; i < count; ++i) {
       const int code = code_at(call_, anchor + i);
-      block->target[begin + i] = S(code == k);
       block->ignored[begin + i] = S(code == kIgnored);
       positives += code == k;
       ignored += code == kIgnored;
     }
-    block->any_positive |= positives > 0;
     block->any_ignored |= ignored > 0;
+    for (int i = 0; positives > 0 && i < count; ++i)
+      if (code_at(call_, anchor + i) == k) mark_positive(anchor + i, k, begin + i, block);
   }
 
   const Call& call_;
@@ -580,19 +588,20 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
           L::store(block.logarithm + i, formula.logarithm(L::load(block.exponential + i)), L::kCount);
       }
     }
+    V part = zero;  // of kTogether at the most
     for (int i = 0; i < n; i += L::kCount) {
       const int count = n - i < L::kCount ? n - i : L::kCount;
       const int64_t at = start + i;
       __builtin_prefetch(x + at + kPrefetch / int(sizeof(T)));
       if (out != nullptr) __builtin_prefetch(out + at + kPrefetch / int(sizeof(T)), 1);
       const V v = L::load(x + at, count);
-      const V positive = L::load(block.positive + i), negative = L::load(block.negative + i);
+      const V negative = L::load(block.negative + i);
       Term<V> t;
       V weight;
       if (call.soft) {
         const V y = call.wide_soft_targets ? L::load(wide + at, count) : L::load(soft + at, count);
         t = formula.soft(v, y);
-        weight = fused_multiply_add(y, positive - negative, negative);
+        weight = fused_multiply_add(y, L::load(block.positive + i) - negative, negative);
       } else {
         t = formula.negative(v, L::load(block.exponential + i), Formula::kLogarithm ? L::load(block.logarithm + i) : zero);
         weight = negative;
@@ -601,7 +610,7 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
           const auto is_positive = half < L::load(block.target + i);
           t.loss = select(is_positive, yes.loss, t.loss);
           t.slope = select(is_positive, yes.slope, t.slope);
-          weight = select(is_positive, positive, weight);
+          weight = select(is_positive, L::load(block.positive + i), weight);
         }
       }
       V loss = weigh(t.loss, weight), slope = t.slope * weight;
@@ -610,7 +619,11 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
         loss = select(is_ignored, zero, loss);
         slope = select(is_ignored, zero, slope);
       }
-      if (partial != nullptr) sum.add(loss);
+      part = part + loss;
+      if ((i / L::kCount + 1) % kTogether == 0 || i + L::kCount >= n) {
+        sum.add(part);
+        part = zero;
+      }
       if (out == nullptr) continue;
       if (incoming != nullptr) slope = slope * L::load(incoming + at, count);
       L::store(out + at, element_loss ? loss : slope, count);
