@@ -345,8 +345,8 @@ enum class Gamma { kTwo, kAny };
 enum class Accuracy { kFloat, kSixteenBits };
 
 // The policy the kernels take: a member of the family gives a struct with negative(x), the same in the steps exponential(x),
-// logarithm(e) where kLogarithm, and negative(x, e, log), positive(x) and soft(x, y). Further members (quality, varifocal,
-// asymmetric) are further structs; the kernels stay as they are. A negative logit of -inf costs exactly 0 and has slope 0:
+// logarithm(e) where kLogarithm, and negative(x, e, log), positive(x) and soft(x, y), in steps soft(x, y, e) where
+// kSoftInSteps. Further members (quality, varifocal, asymmetric) are further structs; the kernels stay as they are. A negative logit of -inf costs exactly 0 and has slope 0:
 // kernels put it where nothing is to be counted.
 template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy = Accuracy::kFloat>
 struct FocalLoss {
@@ -387,11 +387,15 @@ struct FocalLoss {
     return {t.loss, V(S(0)) - t.slope};
   }
 
+  static constexpr bool kSoftInSteps = true;
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y) const {
+    return soft(x, y, exponential(x));
+  }
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
     const V zero = V(S(0)), one = V(S(1));
     const V minus = minus_absolute(x);
-    const V e = exp_nonpositive(minus);
     const V r = reciprocal(one + e);
     const V er = e * r;
     const auto left = is_negative(x);
@@ -514,6 +518,7 @@ struct FocalLossStar {
     return {t.loss, V(S(0)) - t.slope};
   }
 
+  static constexpr bool kSoftInSteps = false;  // the exponential is of x and y
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y) const {
     const V zero = V(S(0)), one = V(S(1)), twice = y + y;

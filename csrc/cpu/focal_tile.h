@@ -377,15 +377,25 @@ void soft_tile(const Call& call, const Tile& tile, const Formula& formula, doubl
   const Vec negative(float(call.negative_weight)), more(float(call.positive_weight - call.negative_weight));
   const Vec scaled{float(scale)};
   Sum sum;
+  alignas(64) float exponential[kGroup];
   int64_t i = tile.begin;
   while (i < tile.end) {
-    const int64_t stop = tile.end - i < kTogether * kLanes ? tile.end : i + kTogether * kLanes;
+    const int64_t first = i, stop = tile.end - i < kGroup ? tile.end : i + kGroup;
+    if constexpr (Formula::kSoftInSteps) {
+      for (int64_t at = first; at + kLanes <= stop; at += kLanes)
+        store(exponential + (at - first), formula.exponential(load(x + at)));
+    }
     Vec part(0.0f);
     for (; i + kLanes <= stop; i += kLanes) {
       __builtin_prefetch(x + i + kPrefetch / int(sizeof(T)));
       __builtin_prefetch(target + i + kPrefetch / int(sizeof(Y)));
       const Vec y = load(target + i);
-      const Term<Vec> t = formula.soft(load(x + i), y);
+      Term<Vec> t;
+      if constexpr (Formula::kSoftInSteps) {
+        t = formula.soft(load(x + i), y, load(exponential + (i - first)));
+      } else {
+        t = formula.soft(load(x + i), y);
+      }
       const Vec w = fused_multiply_add(y, more, negative);
       part = part + weigh(t.loss, w);
       if (g != nullptr) store(g + i, t.slope * (w * scaled));
