@@ -40,7 +40,7 @@ def fix_allocator(largest: int, keep: bool = False) -> None:
         largest: bytes of all levels. From 32 MiB up, blocks of more than 1 MiB are mapped when they are allocated and
             unmapped when they are released, as glibc does by itself with blocks of more than 32 MiB unless something has
             left a hole that they fit in. Below, everything comes from a heap that stays warm, as with glibc after a while.
-        keep: that heap for blocks of all sizes, as with MALLOC_MMAP_MAX_=0 in the environment, or jemalloc or tcmalloc.
+        keep: that heap for blocks of all sizes, as with MALLOC_MMAP_MAX_=0 in the environment.
     """
     threshold, kept = (1, 16 * MIB) if largest >= 32 * MIB else (32, 256 * MIB)
     try:

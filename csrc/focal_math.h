@@ -346,8 +346,8 @@ enum class Accuracy { kFloat, kSixteenBits };
 
 // The policy the kernels take: a member of the family gives a struct with negative(x), the same in the steps exponential(x),
 // logarithm(e) where kLogarithm, and negative(x, e, log), positive(x) and soft(x, y), in steps soft(x, y, e) where
-// kSoftInSteps. Further members (quality, varifocal, asymmetric) are further structs; the kernels stay as they are. A negative logit of -inf costs exactly 0 and has slope 0:
-// kernels put it where nothing is to be counted.
+// kSoftInSteps. Further members (quality, varifocal, asymmetric) are further structs; the kernels stay as they are. A negative
+// logit of -inf costs exactly 0 and has slope 0: kernels put it where nothing is to be counted.
 template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy = Accuracy::kFloat>
 struct FocalLoss {
   S gamma;               // of the slope alone: 0 where q^gamma counts as a constant, whose derivative is left out
