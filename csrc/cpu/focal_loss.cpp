@@ -40,7 +40,7 @@ const Isa& isa() {
   return chosen;
 }
 
-// Fewer tiles than this are not worth waking a second thread for (about 20 microseconds of work).
+// Fewer logits than these tiles hold are not worth waking a second thread for (about 10 microseconds of work).
 constexpr int64_t kTilesPerThread = 4;
 
 struct Range {
@@ -90,8 +90,10 @@ void Cpu::fresh(void* memory, size_t bytes) {
 void Cpu::run(const Call& call, const Tensor&) {
   const RunTiles run_tiles = isa().run_tiles;
   const int64_t tiles = call.levels.tiles;
-  const int64_t useful = (tiles + kTilesPerThread - 1) / kTilesPerThread;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), useful);
+  int64_t logits = 0;  // small levels have a tile each
+  for (int l = 0; l < call.levels.count; ++l) logits += call.levels.images * call.levels.level[l].image_logits;
+  constexpr int64_t kWorthwhile = kTilesPerThread * kTileLogits;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), (logits + kWorthwhile - 1) / kWorthwhile);
   if (threads <= 1) return run_tiles(call, 0, tiles);
   STD_TORCH_CHECK(tiles <= UINT32_MAX, "logits: more than 2^45 of them");
   std::vector<Share> shares(static_cast<size_t>(threads));

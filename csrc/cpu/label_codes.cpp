@@ -42,9 +42,15 @@ int64_t label_at(const LabelCall& call, const Chunk& chunk, int64_t m) {
 
 void Cpu::encode(const LabelCall& call, const Tensor&) { encode_labels(call, chunk_encoder()); }
 
+// Labels that take longer than it does to wake a thread (about 6 microseconds).
+constexpr int64_t kLabelsPerThread = 4 * kChunkAnchors;
+
 void encode_labels(const LabelCall& call, EncodeChunk encode_chunk) {
   std::vector<ChunkCount> counts(static_cast<size_t>(call.chunks));
-  torch::stable::parallel_for(0, call.chunks, 4, [&](int64_t begin, int64_t end) {
+  int64_t labels = 0;
+  for (int l = 0; l < call.count; ++l) labels += call.images * call.level[l].anchors;
+  const int64_t shares = labels < 2 * kLabelsPerThread ? 1 : labels / kLabelsPerThread;
+  torch::stable::parallel_for(0, call.chunks, (call.chunks + shares - 1) / shares, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) counts[static_cast<size_t>(i)] = encode_chunk(call, chunk_at(call, i));
   });
   for (int64_t i = 0; i < call.chunks; ++i) {
