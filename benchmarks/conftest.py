@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastfocal
+from benchmarks.machine import cpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,21 +37,8 @@ def keep_memory(pytestconfig: pytest.Config) -> bool:
     return bool(pytestconfig.getoption("keep_memory"))
 
 
-def _cpu() -> tuple[str, list[str]]:
-    """Name of the processor, and its vector instruction sets."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            facts = dict(line.split(":", 1) for line in file if ":" in line)
-    except OSError:
-        return platform.processor(), []
-    facts = {name.strip(): value.strip() for name, value in facts.items()}
-    flags = facts.get("flags", facts.get("Features", "")).split()
-    wanted = ("avx", "fma", "f16c", "amx", "asimd", "sve", "bf16")
-    return facts.get("model name", platform.processor()), sorted(f for f in flags if f.startswith(wanted))
-
-
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    name, flags = _cpu()
+    name, flags = cpu()
     on_cuda = torch.cuda.is_available()
     machine_info["fastfocal"] = {
         **fastfocal.build_info(),

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.machine import describe
 from benchmarks.memory import MIB, fix_allocator, peak_extra_bytes
-from benchmarks.torchvision_training import describe
 
 Step = Callable[[], Any]
 CELLS = ((64, 64), (32, 32), (16, 16), (8, 8), (4, 4))  # P3-P7 of 512x512
@@ -300,10 +300,13 @@ def main() -> None:
     arguments = parser.parse_args()
     fix_allocator(64 * MIB)
     torch.manual_seed(0)
+    packages = ("torchvision", "detectron2", "mmdet", "effdet", "transformers", "ultralytics")
+    segmenters = ("segmentation-models-pytorch", "kornia", "monai")
     lines = [
         "# fastfocal.compat: loss and backward, the host's own and the swapped one",
         "",
-        f"{describe(torch.device('cpu'))} · `python -m benchmarks.hosts --seconds {arguments.seconds:g}`",
+        f"{describe(torch.device('cpu'), *packages, *segmenters)} · "
+        f"`python -m benchmarks.hosts --seconds {arguments.seconds:g}`",
         "",
         "| | host | fastfocal | faster | peak extra memory |",
         "|---|--:|--:|--:|--:|",

@@ -22,8 +22,8 @@ from torch import Tensor
 import fastfocal
 from benchmarks.cases import SINGLE, SMALL, Case, Pyramid, draw
 from benchmarks.implementations import Call, Copy, fast
+from benchmarks.machine import describe
 from benchmarks.memory import fix_allocator
-from benchmarks.torchvision_training import cpu_name
 
 CELLS = Pyramid("five levels of one cell N=1 K=80", "cells", 1, 9, 80, ((1, 1),) * 5)
 
@@ -99,8 +99,7 @@ def main() -> None:
     lines = [
         "# What a small call takes beside its operators",
         "",
-        f"{cpu_name()}, {torch.get_num_threads()} threads · torch {torch.__version__} · fastfocal {fastfocal.__version__} · "
-        f"`python -m benchmarks.overhead --rounds {arguments.rounds}`",
+        f"{describe(torch.device('cpu'))} · `python -m benchmarks.overhead --rounds {arguments.rounds}`",
         "",
         "Forward and backward, medians, microseconds.",
         "",

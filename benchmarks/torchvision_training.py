@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import trange
 
-import fastfocal
+from benchmarks.machine import describe
 from benchmarks.memory import MIB, fix_allocator, peak_extra_bytes
 from fastfocal.demo.scenes import SceneMaker
 
@@ -62,26 +61,6 @@ class Trainer:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - started)
         self.curve.append(losses["classification"].item())
-
-
-def describe(device: torch.device) -> str:
-    import torchvision
-
-    where = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    )
-    return (
-        f"{where} · torch {torch.__version__}, torchvision {torchvision.__version__}, fastfocal {fastfocal.__version__}"
-    )
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({fastfocal.build_info()['cpu_capability']})"
 
 
 def main() -> None:
@@ -135,7 +114,7 @@ def main() -> None:
     lines = [
         "# torchvision's RetinaNet, stock and accelerated",
         "",
-        f"{describe(device)}",
+        describe(device, "torchvision"),
         "",
         f"`python -m benchmarks.torchvision_training --steps {arguments.steps} --size {size} --batch {arguments.batch} "
         f"--rate {arguments.rate} --seed {arguments.seed}`: retinanet_resnet50_fpn_v2 from scratch, "
