@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from benchmarks.machine import describe
-from benchmarks.memory import MIB, fix_allocator, peak_extra_bytes
+from benchmarks.memory import MIB, peak_extra_bytes
 from fastfocal.demo.scenes import SceneMaker
 
 CLASSES = 91
@@ -80,7 +80,6 @@ def main() -> None:
 
     from fastfocal.compat.torchvision import accelerate
 
-    fix_allocator(64 * MIB)  # large blocks are mapped anew, for both alike
     device = torch.device(arguments.device)
     torch.manual_seed(arguments.seed)
     size = arguments.size
