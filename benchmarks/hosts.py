@@ -6,8 +6,8 @@
 detectron2 is not on PyPI: a checkout of it on PYTHONPATH.
 A row is one loss with its backward, down to the gradients of what the network gives. Both are run in turn, in one process;
 medians. malloc is as it is: were large blocks mapped afresh for both, as in the other benchmarks, the hosts' losses, which
-allocate many times as much, would take two to four times as long. torchvision's RetinaNet has a whole training run of its own, in
-torchvision_training.py.
+allocate many times as much, would take two to four times as long (kornia's 286 ms instead of 64, ours 4.8 instead of 2.0).
+torchvision's RetinaNet has a whole training run of its own, in torchvision_training.py.
 """
 
 from __future__ import annotations
