@@ -1,0 +1,90 @@
+"""Calls that take every kernel's every way once, for tools that watch them (tests/gpu.sh): no test of what they compute.
+
+Small ones, for compute-sanitizer; --large: three calls at 800x1344, for a profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastfocal
+
+K, A = 5, 3
+CELLS = ((9, 13), (4, 7), (1, 1), (0, 3))  # odd, shorter than a vector, one cell, empty
+
+
+def pyramid(n: int, cells: tuple[tuple[int, int], ...], a: int, k: int, device: str) -> tuple[list[Tensor], Tensor]:
+    """Logits of every level, (N, A*K, H, W), and labels (N, sum M): half background, the rest of every kind."""
+    levels = [torch.randn(n, a * k, h, w, device=device) for h, w in cells]
+    anchors = sum(a * h * w for h, w in cells)
+    labels = torch.randint(-1, k, (n, anchors), device=device)
+    return levels, torch.where(torch.rand(n, anchors, device=device) < 0.5, k, labels)
+
+
+def options(labels: Tensor, levels: list[Tensor], k: int) -> Iterator[dict[str, Any]]:
+    for gamma in (2.0, 1.5):
+        for mode in ("save", "recompute", "inplace"):
+            yield {"gamma": gamma, "grad_mode": mode}
+    for reduction in ("level", "image", "mean", "none"):
+        yield {"reduction": reduction}
+    yield {"normalizer": "positives_per_image"}
+    yield {"weight": torch.rand(labels.shape, device=labels.device)}
+    yield {"alpha": [0.5] * k, "label_smoothing": 0.1}
+    yield {"targets": [torch.rand_like(x, dtype=torch.float32) for x in levels], "normalizer": 7.0}
+
+
+def call(levels: list[Tensor], labels: Tensor, k: int, **chosen: Any) -> None:
+    leaves = [x.clone().requires_grad_() for x in levels]
+    used = [x * 1 for x in leaves] if chosen.get("grad_mode") == "inplace" else leaves
+    loss = fastfocal.focal_loss(used, chosen.pop("targets", labels), num_classes=k, **chosen)
+    parts = loss if isinstance(loss, list) else [loss]
+    total = torch.stack([part.sum().double() for part in parts]).sum()
+    total.backward(retain_graph=True)
+    if chosen.get("grad_mode") != "inplace":
+        (3 * total).backward()  # an incoming gradient that is not 1
+
+
+def small(device: str) -> int:
+    calls = 0
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        for order in (torch.contiguous_format, torch.channels_last):
+            levels, labels = pyramid(2, CELLS, A, K, device)
+            levels = [x.to(dtype, memory_format=order) for x in levels]
+            for chosen in options(labels, levels, K):
+                call(levels, labels, K, **chosen)
+                calls += 1
+    for k in (1, 80, 40000):  # one plane; whole vectors; codes of 32 bits
+        levels, labels = pyramid(1, ((2, 3),), 1, k, device)
+        call(levels, labels, k)
+        calls += 1
+    return calls
+
+
+def large(device: str) -> int:
+    for dtype in (torch.bfloat16, torch.float32):
+        levels, labels = pyramid(2, ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11)), 9, 80, device)
+        labels = torch.where(torch.rand(labels.shape, device=device) < 0.98, 80, labels)
+        for order in (torch.contiguous_format, torch.channels_last):
+            call([x.to(dtype, memory_format=order) for x in levels], labels, 80)
+    return 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--large", action="store_true")
+    chosen = parser.parse_args()
+    torch.manual_seed(0)
+    calls = (large if chosen.large else small)(chosen.device)
+    if chosen.device != "cpu":
+        torch.cuda.synchronize()
+    print(f"{calls} calls on {chosen.device}")
+
+
+if __name__ == "__main__":
+    main()
