@@ -35,7 +35,7 @@ struct Call {
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
   const void* anchor_weight;  // as the codes; null: 1
-  const void* class_alpha;    // [K]; null: the two numbers below
+  const void* class_weights;  // [2][K], of positives and of negatives; null: the two numbers below
   double positive_weight, negative_weight;
   Family family;
   Parameters parameters;
@@ -63,14 +63,15 @@ FASTFOCAL_HD double scale_of(const Call& call, int level, int64_t image) {
   return call.levels.level[level].scale / divisor * incoming;
 }
 
-// The classes' weights: the constant two, or alpha of the class and 1 - alpha.
+// The classes' weights.
 template <class S>
 FASTFOCAL_HD S positive_weight(const Call& call, int k) {
-  return call.class_alpha == nullptr ? S(call.positive_weight) : static_cast<const S*>(call.class_alpha)[k];
+  return call.class_weights == nullptr ? S(call.positive_weight) : static_cast<const S*>(call.class_weights)[k];
 }
 template <class S>
 FASTFOCAL_HD S negative_weight(const Call& call, int k) {
-  return call.class_alpha == nullptr ? S(call.negative_weight) : S(1) - static_cast<const S*>(call.class_alpha)[k];
+  return call.class_weights == nullptr ? S(call.negative_weight)
+                                       : static_cast<const S*>(call.class_weights)[int64_t(call.levels.classes.divisor) + k];
 }
 
 FASTFOCAL_HD int code_at(const Call& call, int64_t anchor) {
@@ -80,7 +81,7 @@ FASTFOCAL_HD int code_at(const Call& call, int64_t anchor) {
 
 // Two class weights, nothing per anchor or per element.
 FASTFOCAL_HD bool has_constant_weights(const Call& call) {
-  return call.anchor_weight == nullptr && call.class_alpha == nullptr && !call.incoming_elements &&
+  return call.anchor_weight == nullptr && call.class_weights == nullptr && !call.incoming_elements &&
          call.output != Output::kElementLoss;
 }
 

@@ -332,6 +332,12 @@ FASTFOCAL_HD V weigh(V loss, W weight) {
   return select(V(0) - smallest_normal<V>() < minus_absolute(V(weight)), at_most(loss, V(kLarge)), loss) * V(weight);
 }
 
+// The weight of a soft target y between those of the two classes. Their difference, rounded, would be too coarse for the smaller.
+template <class V>
+FASTFOCAL_HD V soft_weight(V y, V positive, V negative) {
+  return fused_multiply_add(y, positive, (V(1) - y) * negative);
+}
+
 // What a member of the family is told besides logits and targets.
 struct Parameters {
   double gamma, label_smoothing, beta;
@@ -538,9 +544,10 @@ struct FocalLossStar {
   FASTFOCAL_HD V of_negative(V x) const {
     return fused_multiply_add(x, V(gamma), V(S(0) - beta));
   }
+  // Where e^-|z| is 0, and what rounding z lost may be any number.
   template <class V>
   FASTFOCAL_HD static auto is_far(V z) {
-    return minus_absolute(z) < V(S(-kLarge));
+    return minus_absolute(z) < V(S(sizeof(S) == sizeof(double) ? -750.0 : kExpLeast));
   }
 
   // gamma x - beta - z, by which z was rounded: times e^z it is a relative error that grows with |z|.

@@ -34,7 +34,7 @@ using Tensors = std::vector<Tensor>;
 
 // The arguments that say what is computed, the same in three operators; Options mirrors them.
 #define FASTFOCAL_OPTIONS_SCHEMA                                                                             \
-  "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_alpha, Tensor? divisor, "      \
+  "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_weights, Tensor? divisor, "    \
   "float[] level_scales, float positive_weight, float negative_weight, float gamma, float label_smoothing, " \
   "bool detach_modulating_factor, int family, float beta, int num_classes, int reduction, int[] needs_grad"
 
@@ -52,7 +52,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
 struct Options {
   std::optional<Tensor> codes;
   Tensors soft_targets;
-  std::optional<Tensor> anchor_weight, class_alpha, divisor;
+  std::optional<Tensor> anchor_weight, class_weights, divisor;
   std::vector<double> level_scales;
   double positive_weight, negative_weight;
   Family family;
@@ -71,14 +71,14 @@ struct Options {
 
 #define FASTFOCAL_OPTIONS_PARAMETERS                                                                                       \
   std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                                  \
-      std::optional<Tensor> class_alpha, std::optional<Tensor> divisor, std::vector<double> level_scales,                  \
+      std::optional<Tensor> class_weights, std::optional<Tensor> divisor, std::vector<double> level_scales,                \
       double positive_weight, double negative_weight, double gamma, double label_smoothing, bool detach_modulating_factor, \
       int64_t family, double beta, int64_t num_classes, int64_t reduction, std::vector<int64_t> needs_grad
-#define FASTFOCAL_OPTIONS                                                                                     \
-  Options {                                                                                                   \
-    codes, soft_targets, anchor_weight, class_alpha, divisor, level_scales, positive_weight, negative_weight, \
-        static_cast<Family>(family), {gamma, label_smoothing, beta, detach_modulating_factor}, num_classes,   \
-        static_cast<Reduction>(reduction), needs_grad                                                         \
+#define FASTFOCAL_OPTIONS                                                                                       \
+  Options {                                                                                                     \
+    codes, soft_targets, anchor_weight, class_weights, divisor, level_scales, positive_weight, negative_weight, \
+        static_cast<Family>(family), {gamma, label_smoothing, beta, detach_modulating_factor}, num_classes,     \
+        static_cast<Reduction>(reduction), needs_grad                                                           \
   }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -396,9 +396,9 @@ struct Operators {
       check_like("anchor_weight", *options.anchor_weight, logits[0], s);
       STD_TORCH_CHECK(options.anchor_weight->numel() == anchors, "anchor_weight: expected ", anchors, " of them");
     }
-    if (options.class_alpha) {
-      check_like("class_alpha", *options.class_alpha, logits[0], s);
-      STD_TORCH_CHECK(options.class_alpha->numel() == options.num_classes, "class_alpha: expected one a class");
+    if (options.class_weights) {
+      check_like("class_weights", *options.class_weights, logits[0], s);
+      STD_TORCH_CHECK(options.class_weights->numel() == 2 * options.num_classes, "class_weights: expected two a class");
     }
     if (options.divisor) {
       check_like("divisor", *options.divisor, logits[0], ScalarType::Double);
@@ -465,7 +465,7 @@ struct Operators {
     call.wide_codes = o.num_classes > INT16_MAX;
     call.wide_soft_targets = !o.soft_targets.empty() && o.soft_targets[0].scalar_type() != logits[0].scalar_type();
     call.anchor_weight = o.anchor_weight ? o.anchor_weight->const_data_ptr() : nullptr;
-    call.class_alpha = o.class_alpha ? o.class_alpha->const_data_ptr() : nullptr;
+    call.class_weights = o.class_weights ? o.class_weights->const_data_ptr() : nullptr;
     call.positive_weight = o.positive_weight;
     call.negative_weight = o.negative_weight;
     STD_TORCH_CHECK(o.family == Family::kFocalLoss || o.family == Family::kFocalLossStar, "family: expected 0 or 1, got ",

@@ -242,14 +242,16 @@ def check_alpha(alpha: float | None) -> tuple[float, float]:
     return (float(alpha), 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
-def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, like: Tensor) -> Tensor:
-    """Returns one alpha a class, on the logits' device."""
+def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, device: torch.device | str) -> Tensor:
+    """Returns one alpha a class, in float64, so that 1 - alpha is rounded once."""
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, Sequence) or not all(isinstance(a, (int, float)) for a in alpha):
             raise TypeError(f"alpha: expected a number, {num_classes} numbers, a tensor or None, got {alpha!r}")
         if not all(0 <= a <= 1 for a in alpha):
             raise ValueError(f"alpha: expected numbers in [0, 1], got {list(alpha)}")
         alpha = torch.tensor(list(alpha), dtype=torch.float64)
+    elif alpha.is_complex():
+        raise TypeError(f"alpha: expected real numbers, got {alpha.dtype}")
     elif alpha.requires_grad:
         raise ValueError("alpha: is not differentiated, expected requires_grad=False, got requires_grad=True")
     elif (
@@ -262,7 +264,7 @@ def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, like: T
         alpha = alpha.expand(num_classes)
     if shape(alpha) != (num_classes,):
         raise ValueError(f"alpha: expected one number a class, shape ({num_classes},), got shape {shape(alpha)}")
-    return alpha.to(like.device, accumulation_dtype(like.dtype)).contiguous()
+    return alpha.to(device, torch.float64).contiguous()
 
 
 def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> None:

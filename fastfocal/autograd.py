@@ -20,7 +20,7 @@ class Options(NamedTuple):
     codes: Tensor | None
     soft_targets: list[Tensor]
     anchor_weight: Tensor | None
-    class_alpha: Tensor | None
+    class_weights: Tensor | None
     divisor: Tensor | None
     level_scales: list[float]
     positive_weight: float
@@ -81,8 +81,8 @@ class FocalLossFunction(torch.autograd.Function):
         ctx.kept = mode, options.reduction, needs_grad, copied
         if mode == "recompute":
             losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
-            codes, soft_targets, anchor_weight, class_alpha, divisor, *rest = options
-            ctx.save_for_backward(*dense, *soft_targets, codes, anchor_weight, class_alpha, divisor)
+            codes, soft_targets, anchor_weight, class_weights, divisor, *rest = options
+            ctx.save_for_backward(*dense, *soft_targets, codes, anchor_weight, class_weights, divisor)
             ctx.options = (len(soft_targets), rest)  # those that are no tensors
         elif mode == "inplace":
             losses = ops.new_losses(dense, options.reduction)
@@ -116,7 +116,8 @@ class FocalLossFunction(torch.autograd.Function):
                 [gradients[level] for level in wanted], [grad_outputs[level] for level in wanted]
             )
             for level, product in zip(wanted, products, strict=True):
-                gradients[level] = product
+                # Ignored anchors keep their 0 beside an incoming gradient that is not finite.
+                gradients[level] = product.masked_fill_(gradients[level] == 0, 0)
         elif graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
             gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)

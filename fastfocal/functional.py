@@ -213,8 +213,10 @@ def pyramid_loss(
     given = arguments.as_levels("targets", targets)
     soft = any([t.is_floating_point() for t in given])
     levels, classes, anchors = arguments.check_logits(logits, settings.num_classes)
+    class_weights: Tensor | None = None
     if class_alpha is not None:
-        class_alpha = arguments.check_class_alpha(class_alpha, classes, levels[0])
+        per_class = arguments.check_class_alpha(class_alpha, classes, levels[0].device)
+        class_weights = torch.stack((per_class, 1 - per_class)).to(ops.accumulation_dtype(levels[0].dtype))
     count, number, divisor = resolve_normalizer(normalizer, reduction, levels, soft)
     scales = level_scales(settings, len(levels), number)
     mode = resolve_mode(settings.grad_mode, reduction, levels)
@@ -238,7 +240,7 @@ def pyramid_loss(
         codes,
         soft_targets,
         anchor_weight,
-        class_alpha,
+        class_weights,
         divisor,
         scales,
         settings.positive_weight,

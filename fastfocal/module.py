@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -70,7 +69,7 @@ class FastFocalLoss(nn.Module):
         arguments.check_num_classes(num_classes)
         number, per_class = arguments.split_alpha(alpha)
         if per_class is not None:
-            per_class = arguments.check_class_alpha(per_class, num_classes, torch.empty(0, dtype=torch.float64))
+            per_class = arguments.check_class_alpha(per_class, num_classes, "cpu")
         # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
         self.register_buffer("class_alpha", per_class, persistent=False)
         self.num_classes = num_classes

@@ -196,6 +196,36 @@ def test_only_some_levels_require_a_gradient(
     compare(loss, [inputs[2].grad], _only(expected, [2]), tolerance(loss.dtype, 2.0))
 
 
+@pytest.mark.parametrize("without", ["frozen", "empty"])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "level"])
+@pytest.mark.parametrize("mode", MODES)
+def test_first_level_without_a_gradient_while_the_graph_is_kept(
+    backend: Backend, mode: str, reduction: str, without: str, generator: torch.Generator
+) -> None:
+    """Of each launch of 16 levels; whoever decides by its memory whether gradients are scaled in place finds none there."""
+    cells = [(2, 3)] * 20
+    if without == "empty":
+        cells[0] = cells[16] = (0, 3)
+    size = Size(2, 1, 3, tuple(cells))
+    levels = move(draw_levels(size, generator), backend.device)
+    labels = move(encode(draw_classes(size, generator), size.classes), backend.device)
+    options: dict[str, Any] = {"num_classes": size.classes, "reduction": reduction}
+    inputs, given = prepared(levels, mode)
+    if without == "frozen":
+        for level in (0, 16):
+            given[level] = inputs[level] = levels[level].detach()
+    wanted = [i for i in range(20) if i not in (0, 16)]
+    loss = fastfocal.focal_loss(given, labels, grad_mode=mode, **options)
+    expected = expect(levels, labels, **options)
+    for _ in range(2):
+        poison = [
+            torch.full_like(levels[1], float("nan")) for _ in range(64)
+        ]  # what a gradient nobody wrote would hold
+        del poison
+        grads = torch.autograd.grad(loss.sum(), [inputs[i] for i in wanted], retain_graph=True)
+        compare(loss, list(grads), _only(expected, wanted), tolerance(loss.dtype, 2.0))
+
+
 def _only(expected: Any, levels: list[int]) -> Any:
     return type(expected)(
         expected.loss,

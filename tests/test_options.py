@@ -74,6 +74,24 @@ def test_alpha(backend: Backend, name: str, layout: str, targets: str, generator
     check(levels, given, num_classes=5, alpha=move(ALPHAS[name], backend.device), normalizer=3.0)
 
 
+@pytest.mark.parametrize("alpha", [1e-4, 0.01, 0.99, 0.9999])
+@pytest.mark.parametrize("per_class", [False, True], ids=["one", "per_class"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_alpha_next_to_its_ends(
+    backend: Backend, weighted: bool, per_class: bool, alpha: float, generator: torch.Generator
+) -> None:
+    """The smaller weight is no difference of rounded ones: soft targets at the other end would be off by 3e-8 / alpha."""
+    levels, labels = draw(backend, generator)
+    options: dict[str, Any] = {"num_classes": 5, "normalizer": 3.0, "alpha": [alpha] * 5 if per_class else alpha}
+    if weighted:
+        options["weight"] = [torch.rand(y.shape, generator=generator).to(backend.device) + 0.5 for y in labels]
+    ends = torch.tensor([0.0, 1e-6, 0.5, 1 - 2.0**-10, 1.0])
+    soft = [ends[torch.randint(5, x.shape, generator=generator)].to(x) for x in levels]
+    check(levels, labels, **options)
+    check(levels, soft, **options)
+    check(levels, soft, reduction="none", **options)
+
+
 @pytest.mark.parametrize("alpha", [0.3, [0.1, 0.3, 0.7, 0.9, 0.6]], ids=["number", "list"])
 def test_options_keep_double_precision(
     backend: Backend, alpha: float | list[float], generator: torch.Generator
@@ -394,6 +412,27 @@ def test_a_sum_of_elementwise_losses_reads_no_incoming_gradient(
     if grad_mode == "recompute":
         [call] = recorder.calls
         assert sum(incoming.numel() for incoming in call.args[0]) == len(levels)
+
+
+@pytest.mark.parametrize("mode", ["auto", "save", "recompute", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_ignored_anchors_get_nothing_whatever_comes_in(
+    backend: Backend, dtype: torch.dtype, mode: str, generator: torch.Generator
+) -> None:
+    """Beside an elementwise incoming gradient that is infinite or NaN there; the others get theirs."""
+    levels, labels = draw(backend, generator, dtype=dtype, layout="3d")
+    inputs = [x.detach().requires_grad_() for x in levels]
+    given = [x.clone() for x in inputs] if mode == "inplace" else inputs
+    losses = fastfocal.focal_loss(given, labels, num_classes=5, normalizer=None, reduction="none", grad_mode=mode)
+    incoming = [torch.ones_like(x) for x in losses]
+    for g, y in zip(incoming, labels, strict=True):
+        g[y == -1] = torch.tensor([INF, NAN, -INF, 1.0, 2.0]).to(g)
+    grads = torch.autograd.grad(losses, inputs, incoming)
+    for g, y in zip(grads, labels, strict=True):
+        assert not g[y == -1].any()
+    expected = expect(levels, labels, num_classes=5, normalizer=None)
+    for g, want in zip(grads, expected.grads, strict=True):
+        assert_close(g, want, tolerance(dtype, 2.0), roundings=2)  # saved, then multiplied by 1
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

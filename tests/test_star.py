@@ -108,6 +108,19 @@ def test_far_logits(backend: Backend, dtype: torch.dtype) -> None:
         losses_and_gradients(level, [torch.full_like(level[0], y)], beta=1.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("gamma", [1.0, 3.0])
+def test_logits_beyond_all_reason(backend: Backend, gamma: float, dtype: torch.dtype) -> None:
+    """What rounding gamma x - beta loses is then more than an exponential can bear, and must not make one of nothing."""
+    values = [1e8, 4e8, 883070081.0, 7577340779.0, 1e12, 1e15, 1e20, 1e30]
+    x = torch.tensor([*values, *(-v for v in values)], dtype=dtype, device=backend.device)
+    levels, labels = hard_problem(x, "planes")
+    losses_and_gradients(levels, labels, gamma=gamma, beta=1.0)
+    for y in (0.0, 0.25, 0.7, 1.0):
+        level = as_levels(x, "planes")
+        losses_and_gradients(level, [torch.full_like(level[0], y)], gamma=gamma, beta=1.0)
+
+
 # --- every path -------------------------------------------------------------------------------------------------------
 
 

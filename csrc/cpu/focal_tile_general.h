@@ -66,7 +66,7 @@ class Gather {
 
   // Elements [offset, offset + n) of the tile. The block holds what was gathered before them, or nothing.
   void operator()(uint32_t offset, int n, Block<S>* block) const {
-    const bool weighted = call_.anchor_weight != nullptr || call_.class_alpha != nullptr;
+    const bool weighted = call_.anchor_weight != nullptr || call_.class_weights != nullptr;
     if (block->any_positive) fill(block->target, Block<S>::kMost, S(0));
     if (block->any_ignored && rows_) fill(block->ignored, Block<S>::kMost, S(0));  // planes write all of them
     block->any_positive = block->any_ignored = false;
@@ -197,7 +197,7 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
       if (call.soft) {
         const V y = call.wide_soft_targets ? L::load(wide + at, count) : L::load(soft + at, count);
         t = formula.soft(v, y);
-        weight = fused_multiply_add(y, L::load(block.positive + i) - negative, negative);
+        weight = soft_weight(y, L::load(block.positive + i), negative);
       } else {
         t = formula.negative(v, L::load(block.exponential + i), Formula::kLogarithm ? L::load(block.logarithm + i) : zero);
         weight = negative;
@@ -210,6 +210,7 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
         }
       }
       V loss = weigh(t.loss, weight), slope = t.slope * weight;
+      if (incoming != nullptr) slope = slope * L::load(incoming + at, count);
       if (!call.soft && block.any_ignored) {
         const auto is_ignored = half < L::load(block.ignored + i);
         loss = select(is_ignored, zero, loss);
@@ -221,7 +222,6 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
         part = zero;
       }
       if (out == nullptr) continue;
-      if (incoming != nullptr) slope = slope * L::load(incoming + at, count);
       L::store(out + at, element_loss ? loss : slope, count);
     }
   }

@@ -16,7 +16,7 @@ void soft_tile(const Call& call, const Tile& tile, const Formula& formula, doubl
   T* g = level.out == nullptr ? nullptr : static_cast<T*>(level.out) + base;
   const double scale = scale_of<float>(call, tile.level, tile.image);
   // The sum takes the bare weights, the gradient the scaled ones: a zero scale must not make an infinite loss NaN.
-  const Vec negative(float(call.negative_weight)), more(float(call.positive_weight - call.negative_weight));
+  const Vec negative(float(call.negative_weight)), positive(float(call.positive_weight));
   const Vec scaled{float(scale)};
   Sum sum;
   alignas(64) float exponential[kGroup];
@@ -38,7 +38,7 @@ void soft_tile(const Call& call, const Tile& tile, const Formula& formula, doubl
       } else {
         t = formula.soft(load(x + i), y);
       }
-      const Vec w = fused_multiply_add(y, more, negative);
+      const Vec w = soft_weight(y, positive, negative);
       part = part + weigh(t.loss, w);
       if (g != nullptr) store(g + i, t.slope * (w * scaled));
     }
@@ -46,7 +46,7 @@ void soft_tile(const Call& call, const Tile& tile, const Formula& formula, doubl
       const int n = int(stop - i);
       const Vec y = load_first(target + i, n);
       const Term<Vec> t = formula.soft(load_first(x + i, n), y);
-      const Vec w = fused_multiply_add(y, more, negative);
+      const Vec w = soft_weight(y, positive, negative);
       float loss[kLanes];
       store(loss, weigh(t.loss, w));
       for (int lane = n; lane < kLanes; ++lane) loss[lane] = 0;

@@ -40,8 +40,10 @@ void scale_all(const ScaleCall& call) {
 }  // namespace
 
 void Cpu::scale(const ScaleCall& call, const Tensor&) {
-  if (call.reduction == Reduction::kSum && call.level[0].source == call.level[0].target) {
-    // In place by 1, the common case, costs nothing.
+  bool in_place = true;
+  for (int l = 0; l < call.count; ++l)  // an empty level has no memory that would tell
+    in_place &= call.level[l].image_logits == 0 || call.level[l].source == call.level[l].target;
+  if (call.reduction == Reduction::kSum && in_place) {  // by 1, the common case, it costs nothing
     const double factor = call.dtype == DType::kFloat64 ? *static_cast<const double*>(call.incoming)
                                                         : *static_cast<const float*>(call.incoming);
     if (factor == 1.0) return;

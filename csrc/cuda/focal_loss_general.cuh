@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
         const S y = call.wide_soft_targets ? S(static_cast<const float*>(level.soft_targets)[base + j])
                                            : S(to_float(static_cast<const T*>(level.soft_targets)[base + j]));
         t = formula.soft(x, y);
-        weight *= negative + y * (positive - negative);
+        weight *= soft_weight(y, positive, negative);
       } else {
         const int code = code_at(call, anchor);
         ignored = code == kIgnored;
@@ -47,10 +47,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
         weight *= code == place.k ? positive : negative;
       }
       const S loss = ignored ? S(0) : weigh(t.loss, weight);
-      S slope = ignored ? S(0) : t.slope * weight;
       sum += double(loss);
       if (level.out != nullptr) {
+        S slope = t.slope * weight;
         if (call.incoming_elements) slope *= S(to_float(static_cast<const T*>(level.incoming)[base + j]));
+        if (ignored) slope = S(0);  // whatever it was multiplied by
         const S y = call.output == Output::kElementLoss ? loss : slope;
         if constexpr (sizeof(T) == sizeof(double)) {
           static_cast<T*>(level.out)[base + j] = y;
