@@ -46,8 +46,12 @@ def as_levels(name: str, value: Levels) -> list[Tensor]:
     return list(value)
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_num_classes(num_classes: int) -> None:
-    if not isinstance(num_classes, int) or num_classes < 1:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
 
 
@@ -237,6 +241,8 @@ def check_alpha(alpha: float | None) -> tuple[float, float]:
     """Returns the weight of positives and of negatives."""
     if alpha is None:
         return 1.0, 1.0
+    if isinstance(alpha, bool):
+        raise TypeError(f"alpha: expected a number, numbers, a tensor or None, got {alpha}")
     if math.isnan(alpha) or alpha > 1:
         raise ValueError(f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}")
     return (float(alpha), 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
@@ -245,7 +251,7 @@ def check_alpha(alpha: float | None) -> tuple[float, float]:
 def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, device: torch.device | str) -> Tensor:
     """Returns one alpha a class, in float64, so that 1 - alpha is rounded once."""
     if not isinstance(alpha, Tensor):
-        if not isinstance(alpha, Sequence) or not all(isinstance(a, (int, float)) for a in alpha):
+        if not isinstance(alpha, Sequence) or not all(map(is_number, alpha)):
             raise TypeError(f"alpha: expected a number, {num_classes} numbers, a tensor or None, got {alpha!r}")
         if not all(0 <= a <= 1 for a in alpha):
             raise ValueError(f"alpha: expected numbers in [0, 1], got {list(alpha)}")
@@ -268,11 +274,11 @@ def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, device:
 
 
 def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> None:
-    if not isinstance(gamma, (int, float)):
+    if not is_number(gamma):
         raise TypeError(f"gamma: expected a number, got {type(gamma).__name__}")
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma: expected a finite number >= 0, got {gamma}")
-    if not isinstance(label_smoothing, (int, float)):
+    if not is_number(label_smoothing):
         raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
@@ -282,7 +288,7 @@ def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor
 
 def check_star(gamma: float, beta: float) -> None:
     for name, value in (("gamma", gamma), ("beta", beta)):
-        if not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma: expected a finite number > 0, by which focal loss star is divided, got {gamma}")
@@ -291,7 +297,7 @@ def check_star(gamma: float, beta: float) -> None:
 
 
 def check_loss_weight(loss_weight: float) -> float:
-    if not isinstance(loss_weight, (int, float)):
+    if not is_number(loss_weight):
         raise TypeError(f"loss_weight: expected a number, got {type(loss_weight).__name__}")
     if not math.isfinite(loss_weight):
         raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
@@ -305,10 +311,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 def check_indices(background_index: int | None, ignore_index: int, num_classes: int) -> int:
     """Returns the label that means background."""
-    for name, value in (("background_index", background_index), ("ignore_index", ignore_index)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
     background = num_classes if background_index is None else background_index
+    for name, value in (("background_index", background), ("ignore_index", ignore_index)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
     if background == ignore_index:
         raise ValueError(f"ignore_index: expected a label other than background_index, got {ignore_index} for both")
     if 0 < background < num_classes:
@@ -322,9 +330,12 @@ def check_indices(background_index: int | None, ignore_index: int, num_classes: 
 def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | None:
     if level_weights is None:
         return None
-    weights = [float(w) for w in level_weights]
+    try:
+        weights = [math.nan if isinstance(w, (bool, str)) else float(w) for w in level_weights]
+    except (TypeError, ValueError):
+        raise TypeError(f"level_weights: expected numbers, one a level, got {level_weights!r}") from None
     if not all(map(math.isfinite, weights)):
-        raise ValueError(f"level_weights: expected finite numbers, got {weights}")
+        raise ValueError(f"level_weights: expected finite numbers, one a level, got {level_weights!r}")
     return weights
 
 
@@ -333,11 +344,20 @@ def check_number_of_level_weights(level_weights: list[float], levels: int) -> No
         raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(level_weights)}")
 
 
-def check_normalizer(normalizer: str | float | Tensor | None, like: Tensor, soft: bool) -> None:
-    if normalizer is None:
-        return
+def check_normalizer(normalizer: str | float | Tensor | None) -> None:
+    """What can be said of it without tensors."""
     if isinstance(normalizer, str):
         check_choice("normalizer", normalizer, NORMALIZERS)
+    elif is_number(normalizer):
+        if not 0 < normalizer < math.inf:  # type: ignore[operator]
+            raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer}")
+    elif normalizer is not None and not isinstance(normalizer, Tensor):
+        raise TypeError(f"normalizer: expected a string, a number, a tensor or None, got {normalizer!r}")
+
+
+def check_normalizer_for(normalizer: str | float | Tensor | None, like: Tensor, soft: bool) -> None:
+    check_normalizer(normalizer)
+    if isinstance(normalizer, str):
         if soft:
             raise ValueError(
                 f"normalizer: {normalizer!r} counts labels, but the targets are soft; expected a number, a tensor or None "
@@ -353,8 +373,3 @@ def check_normalizer(normalizer: str | float | Tensor | None, like: Tensor, soft
             raise ValueError(f"normalizer: expected the logits' device, {like.device}, got {normalizer.device}")
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"normalizer: expected a tensor of real numbers, got {normalizer.dtype}")
-    elif isinstance(normalizer, (int, float)):
-        if not 0 < normalizer < math.inf:
-            raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer}")
-    else:
-        raise TypeError(f"normalizer: expected a string, a number, a tensor or None, got {type(normalizer).__name__}")

@@ -269,7 +269,7 @@ def resolve_normalizer(
     """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
     if reduction == "mean":
         return ops.COUNT_LOGITS, float(max(1, sum(t.numel() for t in levels))) if soft else 1.0, None
-    arguments.check_normalizer(normalizer, levels[0], soft)
+    arguments.check_normalizer_for(normalizer, levels[0], soft)
     if isinstance(normalizer, str):
         if normalizer == "positives":
             return ops.COUNT_POSITIVES, 1.0, None
@@ -324,6 +324,7 @@ def sigmoid_focal_loss(
 
     Raises:
         ValueError: alpha or reduction is not one of the above, with torchvision's words.
+        TypeError: targets are not floating.
     """
     if not 0 <= alpha <= 1 and alpha != -1:
         raise ValueError(f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore.")
@@ -331,6 +332,8 @@ def sigmoid_focal_loss(
         raise ValueError(
             f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: 'none', 'mean', 'sum'"
         )
+    if not targets.is_floating_point():
+        raise TypeError(f"targets: expected floating numbers in [0, 1], got {targets.dtype}")
     if targets.shape != inputs.shape:
         raise ValueError(f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})")
     logits, soft = inputs, targets

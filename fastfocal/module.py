@@ -64,8 +64,7 @@ class FastFocalLoss(nn.Module):
         if sync_normalizer or ema_momentum is not None:
             name = "sync_normalizer" if sync_normalizer else "ema_momentum"
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
-        if isinstance(normalizer, str):
-            arguments.check_choice("normalizer", normalizer, arguments.NORMALIZERS)
+        arguments.check_normalizer(normalizer)
         arguments.check_num_classes(num_classes)
         number, per_class = arguments.split_alpha(alpha)
         if per_class is not None:
@@ -77,7 +76,7 @@ class FastFocalLoss(nn.Module):
         self.gamma = gamma
         self.background_index = background_index
         self.ignore_index = ignore_index
-        self.level_weights = None if level_weights is None else [float(w) for w in level_weights]
+        self.level_weights = arguments.check_level_weights(level_weights)
         self.label_smoothing = label_smoothing
         self.detach_modulating_factor = detach_modulating_factor
         self.normalizer = normalizer
