@@ -3,8 +3,9 @@
     from fastfocal.compat.mmcv import sigmoid_focal_loss, softmax_focal_loss
 
 Equivalent to mmcv's functions (a8073c7), which need CUDA: "mean" divides by the rows; a label that is no class is background
-for the sigmoid and costs nothing for the softmax. Two things differ, on purpose: mmcv reads `weight[K]`, which is not there,
-for background (here: 1), and loses logits of 17 and more to `log(1 - p)`. Written from mmcv's kernels; mmcv itself was not run.
+for the sigmoid, a negative one costs nothing for the softmax. Two things differ, on purpose: mmcv reads `weight[K]`, which is
+not there, for background (here: 1), and loses logits of 17 and more to `log(1 - p)`. Written from mmcv's kernels; mmcv itself
+was not run.
 """
 
 from __future__ import annotations
