@@ -212,6 +212,7 @@ struct Operators {
   static void focal_loss_(Tensors logits, Tensors losses, FASTFOCAL_OPTIONS_PARAMETERS) {
     const Options options = FASTFOCAL_OPTIONS;
     check(logits, options);
+    check_apart(logits, options);
     Tensors over;  // levels that need no gradient keep their logits
     for (size_t l = 0; l < logits.size(); ++l) over.push_back(options.needs(l) ? logits[l] : none_like(logits[l]));
     if (options.reduction == Reduction::kNone) {
@@ -412,6 +413,20 @@ struct Operators {
     for (int64_t d = 0; d < t.dim(); ++d) {
       STD_TORCH_CHECK(t.size(d) == logits.size(d) && (t.size(d) <= 1 || t.stride(d) == logits.stride(d)), name,
                       ": expected the logits' shape and strides");
+    }
+  }
+
+  // In place: no level may lie where another one's gradient goes.
+  static void check_apart(const Tensors& logits, const Options& options) {
+    for (size_t l = 0; l < logits.size(); ++l) {
+      const char* const begin = static_cast<const char*>(logits[l].const_data_ptr());
+      const char* const end = begin + logits[l].numel() * static_cast<int64_t>(logits[l].element_size());
+      for (size_t m = 0; m < logits.size() && options.needs(l); ++m) {
+        const char* const other = static_cast<const char*>(logits[m].const_data_ptr());
+        const char* const other_end = other + logits[m].numel() * static_cast<int64_t>(logits[m].element_size());
+        STD_TORCH_CHECK(m == l || other >= end || other_end <= begin, "logits[", m, "]: shares memory with logits[", l,
+                        "], which grad_mode=\"inplace\" overwrites");
+      }
     }
   }
 

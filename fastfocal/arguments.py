@@ -243,19 +243,19 @@ def check_alpha(alpha: float | None) -> tuple[float, float]:
         return 1.0, 1.0
     if isinstance(alpha, bool):
         raise TypeError(f"alpha: expected a number, numbers, a tensor or None, got {alpha}")
-    if math.isnan(alpha) or alpha > 1:
+    if not alpha <= 1:  # comparisons, which torch.compile can follow
         raise ValueError(f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}")
     return (float(alpha), 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
-def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, device: torch.device | str) -> Tensor:
+def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int) -> Tensor:
     """Returns one alpha a class, in float64, so that 1 - alpha is rounded once."""
     if not isinstance(alpha, Tensor):
         if not isinstance(alpha, Sequence) or not all(map(is_number, alpha)):
             raise TypeError(f"alpha: expected a number, {num_classes} numbers, a tensor or None, got {alpha!r}")
         if not all(0 <= a <= 1 for a in alpha):
             raise ValueError(f"alpha: expected numbers in [0, 1], got {list(alpha)}")
-        alpha = torch.tensor(list(alpha), dtype=torch.float64)
+        alpha = torch.tensor(list(alpha), dtype=torch.float64, device="cpu")
     elif alpha.is_complex():
         raise TypeError(f"alpha: expected real numbers, got {alpha.dtype}")
     elif alpha.requires_grad:
@@ -270,7 +270,7 @@ def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int, device:
         alpha = alpha.expand(num_classes)
     if shape(alpha) != (num_classes,):
         raise ValueError(f"alpha: expected one number a class, shape ({num_classes},), got shape {shape(alpha)}")
-    return alpha.to(device, torch.float64).contiguous()
+    return alpha.to(torch.float64, copy=True).contiguous()
 
 
 def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> None:
@@ -292,14 +292,14 @@ def check_star(gamma: float, beta: float) -> None:
             raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma: expected a finite number > 0, by which focal loss star is divided, got {gamma}")
-    if not math.isfinite(beta):
+    if not -math.inf < beta < math.inf:
         raise ValueError(f"beta: expected a finite number, got {beta}")
 
 
 def check_loss_weight(loss_weight: float) -> float:
     if not is_number(loss_weight):
         raise TypeError(f"loss_weight: expected a number, got {type(loss_weight).__name__}")
-    if not math.isfinite(loss_weight):
+    if not -math.inf < loss_weight < math.inf:
         raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
     return float(loss_weight)
 
@@ -330,11 +330,13 @@ def check_indices(background_index: int | None, ignore_index: int, num_classes: 
 def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | None:
     if level_weights is None:
         return None
+    if isinstance(level_weights, Tensor) and level_weights.requires_grad:
+        raise ValueError("level_weights: is not differentiated, expected requires_grad=False, got requires_grad=True")
     try:
         weights = [math.nan if isinstance(w, (bool, str)) else float(w) for w in level_weights]
     except (TypeError, ValueError):
         raise TypeError(f"level_weights: expected numbers, one a level, got {level_weights!r}") from None
-    if not all(map(math.isfinite, weights)):
+    if not all(-math.inf < w < math.inf for w in weights):
         raise ValueError(f"level_weights: expected finite numbers, one a level, got {level_weights!r}")
     return weights
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.compiler import is_compiling
 
 from fastfocal import ops
@@ -159,5 +160,9 @@ def focal_loss(mode: str, options: Options, logits: list[Tensor], dense: list[Te
     if torch.is_grad_enabled() and any(needs_grad):
         copied = None if dense is logits else memory_of_copied(logits, dense)
         return FocalLossFunction.apply(Call(mode, options, dense, needs_grad, copied), *logits)
+    if not is_compiling() and any([unpack_dual(t).tangent is not None for t in logits]):
+        raise RuntimeError(
+            "fastfocal: forward-mode derivatives of the focal loss are not supported; fastfocal.reference supports them"
+        )
     losses, _ = ops.operators.focal_loss(dense, *options, [])
     return tuple(losses)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastfocal import arguments, autograd, ops
 
@@ -49,7 +50,7 @@ def focal_loss(
             torchvision has it.
         num_classes: K; needed with 4-D logits and labels, else the last dimension (the channels of 4-D soft targets).
         alpha: weight of a positive, ``1 - alpha`` of a negative; None or a negative number: neither is weighted; K numbers or
-            a tensor ``(K,)``: one alpha a class.
+            a tensor ``(K,)``: one alpha a class (copied to the logits' device in each call, if it is not there).
         gamma: focusing parameter, any finite number >= 0.
         background_index: the label that means background; None means K. With 0 the classes are the labels 1..K, with
             anything else 0..K-1.
@@ -84,7 +85,8 @@ def focal_loss(
     """
     formula = plain_formula(gamma, label_smoothing, detach_modulating_factor)
     classes = arguments.number_of_classes(logits, targets, num_classes)
-    number, class_alpha = arguments.split_alpha(alpha)
+    number, per_class = arguments.split_alpha(alpha)
+    class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
     return pyramid_loss(
         make_settings(formula, classes, number, *options), logits, targets, weight, normalizer, class_alpha
@@ -130,7 +132,8 @@ def focal_loss_star(
     """
     formula = star_formula(gamma, beta)
     classes = arguments.number_of_classes(logits, targets, num_classes)
-    number, class_alpha = arguments.split_alpha(alpha)
+    number, per_class = arguments.split_alpha(alpha)
+    class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
     return pyramid_loss(
         make_settings(formula, classes, number, *options), logits, targets, weight, normalizer, class_alpha
@@ -206,16 +209,21 @@ def pyramid_loss(
     targets: Levels,
     weight: Levels | None,
     normalizer: str | float | Tensor | None,
-    class_alpha: Sequence[float] | Tensor | None,
+    class_alpha: Tensor | None,
 ) -> Tensor | list[Tensor]:
-    """Everything that does not depend on the formula. The tensors as :func:`fastfocal.focal_loss` takes them."""
+    """Everything that does not depend on the formula. The tensors as :func:`fastfocal.focal_loss` takes them.
+
+    class_alpha: checked, in float64.
+    """
     reduction = settings.reduction
     given = arguments.as_levels("targets", targets)
     soft = any([t.is_floating_point() for t in given])
     levels, classes, anchors = arguments.check_logits(logits, settings.num_classes)
     class_weights: Tensor | None = None
     if class_alpha is not None:
-        per_class = arguments.check_class_alpha(class_alpha, classes, levels[0].device)
+        if len(class_alpha) != classes:
+            raise ValueError(f"alpha: expected one number a class, {classes} of them, got {len(class_alpha)}")
+        per_class = class_alpha.to(levels[0].device)
         class_weights = torch.stack((per_class, 1 - per_class)).to(ops.accumulation_dtype(levels[0].dtype))
     count, number, divisor = resolve_normalizer(normalizer, reduction, levels, soft)
     scales = level_scales(settings, len(levels), number)
@@ -295,10 +303,11 @@ def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:
         return "recompute" if levels[0].dtype == torch.float16 or reduction == "none" else "save"
     if grad_mode == "inplace" and torch.is_grad_enabled():
         for i, t in enumerate(levels):
-            if t.requires_grad and t.is_leaf:
+            base = t if is_compiling() else t._base  # not None: t is a view of it
+            if t.requires_grad and (t.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
                 raise ValueError(
-                    f'grad_mode: "inplace" overwrites the logits, but logits[{i}] is a leaf that requires grad; expected the '
-                    "output of an operation, such as a convolution"
+                    f'grad_mode: "inplace" overwrites the logits, but logits[{i}] is a leaf that requires grad, or a view of '
+                    "one; expected the output of an operation, such as a convolution"
                 )
             if t.requires_grad and not arguments.is_dense(t):
                 raise ValueError(
@@ -320,7 +329,7 @@ def sigmoid_focal_loss(
         reduction: "none", "mean" (over the elements) or "sum".
 
     Returns:
-        A tensor of the inputs' dtype: of their shape for "none", 0-d for "mean" and "sum".
+        A tensor of the dtype that inputs and targets promote to: of their shape for "none", 0-d for "mean" and "sum".
 
     Raises:
         ValueError: alpha or reduction is not one of the above, with torchvision's words.
@@ -336,6 +345,8 @@ def sigmoid_focal_loss(
         raise TypeError(f"targets: expected floating numbers in [0, 1], got {targets.dtype}")
     if targets.shape != inputs.shape:
         raise ValueError(f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})")
+    dtype = torch.promote_types(inputs.dtype, targets.dtype)
+    inputs, targets = inputs.to(dtype), targets.to(dtype)
     logits, soft = inputs, targets
     if inputs.dim() != 4:  # 4-D is read in place, channels_last too
         logits, soft = inputs.reshape(-1, 1), targets.reshape(-1, 1)
@@ -352,5 +363,5 @@ def sigmoid_focal_loss(
     if reduction == "none":
         return loss.view(inputs.shape)
     if reduction == "mean" and inputs.numel() == 0:
-        return loss * float("nan")
-    return loss.to(inputs.dtype)
+        loss = loss * float("nan")
+    return loss.to(dtype)

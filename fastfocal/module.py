@@ -66,13 +66,8 @@ class FastFocalLoss(nn.Module):
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
         arguments.check_normalizer(normalizer)
         arguments.check_num_classes(num_classes)
-        number, per_class = arguments.split_alpha(alpha)
-        if per_class is not None:
-            per_class = arguments.check_class_alpha(per_class, num_classes, "cpu")
-        # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
-        self.register_buffer("class_alpha", per_class, persistent=False)
         self.num_classes = num_classes
-        self.alpha: float | Sequence[float] | Tensor | None = number
+        self.alpha = alpha
         self.gamma = gamma
         self.background_index = background_index
         self.ignore_index = ignore_index
@@ -84,7 +79,7 @@ class FastFocalLoss(nn.Module):
         self.grad_mode = grad_mode
         self.loss_weight = loss_weight
         self._checked: tuple[object, ...] = ()
-        self._settings(number)
+        self._settings(self._alpha)
 
     def forward(
         self,
@@ -94,12 +89,25 @@ class FastFocalLoss(nn.Module):
         normalizer: str | float | Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
-        number, per_class = arguments.split_alpha(self.alpha)
-        if (class_alpha := self._buffers["class_alpha"]) is not None:  # where nn.Module finds it third
-            per_class = class_alpha
         if normalizer is None:
             normalizer = self.normalizer
-        return pyramid_loss(self._settings(number), logits, targets, weight, normalizer, per_class)
+        class_alpha = self._buffers["class_alpha"]  # where nn.Module finds it third
+        if class_alpha is not None and not is_compiling():
+            device = next((t.device for t in arguments.as_levels("logits", logits)), class_alpha.device)
+            if class_alpha.device != device:  # once: a copy to a GPU waits for it
+                class_alpha = self._buffers["class_alpha"] = class_alpha.to(device)
+        return pyramid_loss(self._settings(self._alpha), logits, targets, weight, normalizer, class_alpha)
+
+    @property
+    def alpha(self) -> float | Tensor | None:
+        return self._alpha if self.class_alpha is None else self.class_alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float | Sequence[float] | Tensor | None) -> None:
+        self._alpha, per_class = arguments.split_alpha(alpha)
+        # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
+        buffer = None if per_class is None else arguments.check_class_alpha(per_class, self.num_classes)
+        self.register_buffer("class_alpha", buffer, persistent=False)
 
     _make_formula: Callable[..., Formula] = staticmethod(plain_formula)
 

@@ -64,6 +64,13 @@ def test_labels_that_are_no_class_are_background() -> None:
     assert torch.equal(one, mmcv.sigmoid_focal_loss(x, torch.full((ROWS,), CLASSES)))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_a_softmax_that_is_certain_has_a_gradient(gamma: float) -> None:
+    x = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    mmcv.softmax_focal_loss(x, torch.tensor([0]), gamma=gamma).backward()
+    assert x.grad is not None and not x.grad.any()
+
+
 def test_large_logits_in_float16() -> None:
     """mmcv gives infinity or NaN from about 8 on."""
     x = torch.tensor([[40.0, -40.0]], dtype=torch.float16).requires_grad_()

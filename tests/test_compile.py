@@ -256,3 +256,42 @@ def test_a_traced_training_step_gives_the_same() -> None:
     inputs = leaves(levels)
     for found, expected in zip(make_fx(step)(*inputs)(*inputs), step(*inputs), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["loss_weight", "alpha", "gamma"])
+def test_a_number_that_changes_compiles_whole(name: str) -> None:
+    """A schedule: the second value is compiled for any number."""
+    torch._dynamo.reset()  # which compiles a function no more than eight times
+    levels, labels = problem()
+    criterion = FastFocalLoss(5)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    for value in (0.5, 0.25, 0.75):
+        setattr(criterion, name, value)
+        assert torch.equal(compiled(levels, labels), focal_loss(levels, labels, num_classes=5, **{name: value}))
+
+
+def test_dynamic_shapes_compile_whole() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(FastFocalLoss(5), backend="aot_eager", fullgraph=True, dynamic=True)
+    for cells in (((5, 3), (3, 1)), ((4, 7), (2, 2))):
+        levels, labels = problem(size=Size(2, 2, 5, cells))
+        assert torch.equal(compiled(levels, labels), focal_loss(levels, labels, num_classes=5))
+
+
+def test_alpha_for_each_class_without_data() -> None:
+    with FakeTensorMode():
+        criterion = FastFocalLoss(5, alpha=[0.1, 0.2, 0.3, 0.4, 0.5])
+        logits = [torch.empty(2, 15, 5, 3, requires_grad=True)]
+        criterion(logits, torch.zeros(2, 45, dtype=torch.int64)).backward()
+    assert logits[0].grad is not None and logits[0].grad.shape == logits[0].shape
+    with torch.device("meta"):
+        FastFocalLoss(5, alpha=[0.1, 0.2, 0.3, 0.4, 0.5])
+    levels, labels = problem()
+    criterion = FastFocalLoss(5, alpha=[0.1, 0.2, 0.3, 0.4, 0.5])
+
+    def step(*given: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(criterion(list(given), labels), given)
+
+    inputs = leaves(levels)
+    for found, expected in zip(make_fx(step)(*inputs)(*inputs), step(*inputs), strict=True):
+        assert torch.equal(found, expected)

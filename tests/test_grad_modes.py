@@ -395,3 +395,30 @@ def test_leaf_takes_the_saved_gradient_without_a_copy(backend: Backend, generato
         fastfocal.focal_loss(inputs, labels, num_classes=WIDE.classes, grad_mode="save").backward()
 
     assert LOGIT_BYTES <= peak_bytes(backend, body) < LOGIT_BYTES + SMALL
+
+
+def test_inplace_takes_no_view_of_a_leaf() -> None:
+    weights = torch.randn(2, 3, requires_grad=True)
+    before = weights.detach().clone()
+    for view in (weights.view(6, 1), weights[:], weights.reshape(3, 2)):
+        with pytest.raises(
+            ValueError, match=r"^grad_mode: .*logits\[0\] is a leaf that requires grad, or a view of one"
+        ):
+            fastfocal.focal_loss(view, torch.zeros(len(view)).long(), grad_mode="inplace")
+    assert same_bits(weights.detach(), before)
+
+
+@pytest.mark.parametrize("other", ["same", "detached", "overlapping"])
+def test_inplace_takes_no_levels_that_share_memory(backend: Backend, other: str) -> None:
+    memory = torch.randn(10, 4, device=backend.device).requires_grad_() * 1
+    first = memory[:6]
+    second = {"same": first, "detached": first.detach(), "overlapping": memory[4:]}[other]
+    labels = torch.zeros(6, dtype=torch.int64, device=backend.device)
+    before = memory.detach().clone()
+    with pytest.raises(
+        RuntimeError, match=r"logits\[\d\]: shares memory with logits\[\d\], which grad_mode=\"inplace\""
+    ):
+        fastfocal.focal_loss([first, second], [labels, labels], grad_mode="inplace")
+    assert same_bits(memory.detach(), before)
+    apart = [memory[:5], memory[5:]]
+    fastfocal.focal_loss(apart, [labels[:5], labels[:5]], grad_mode="inplace")

@@ -141,10 +141,37 @@ def test_level_weights_changed_in_place_count() -> None:
 def test_an_attribute_set_later_is_checked(attribute: str, value: Any, named: str) -> None:
     criterion = FastFocalLoss(5)
     criterion(*problem())
-    setattr(criterion, attribute, value)
-    for _ in range(2):  # and stays wrong
+    for _ in range(2):  # when it is set or when it is used, and it stays wrong
         with pytest.raises((TypeError, ValueError), match=rf"^{named}"):
+            setattr(criterion, attribute, value)
             criterion(*problem())
+
+
+PER_CLASS = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+@pytest.mark.parametrize("first", [0.25, None, PER_CLASS], ids=["one", "none", "per_class"])
+@pytest.mark.parametrize("then", [0.9, None, PER_CLASS[::-1], torch.tensor(PER_CLASS[::-1])], ids=str)
+def test_alpha_set_later_counts(first: Any, then: Any) -> None:
+    levels, labels = problem()
+    criterion = FastFocalLoss(5, alpha=first)
+    criterion(levels, labels)
+    criterion.alpha = then
+    assert same_bits(criterion(levels, labels), focal_loss(levels, labels, num_classes=5, alpha=then))
+    expected = then if then is None or isinstance(then, float) else torch.as_tensor(then, dtype=torch.float64)
+    assert criterion.alpha is then or torch.allclose(criterion.alpha, expected)
+
+
+def test_alpha_is_copied() -> None:
+    alpha = torch.tensor(PER_CLASS, dtype=torch.float64)
+    levels, labels = problem()
+    criterion = FastFocalLoss(5, alpha=alpha)
+    before = criterion(levels, labels)
+    alpha.fill_(0.9)
+    assert same_bits(criterion(levels, labels), before)
+    criterion.num_classes = 4
+    with pytest.raises(ValueError, match=r"^alpha: expected one number a class, 4 of them, got 5"):
+        criterion([torch.randn(2, 4, 3, 3)], [torch.zeros(2, 9, dtype=torch.int64)])
 
 
 def test_star_attributes_set_later() -> None:

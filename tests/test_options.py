@@ -435,6 +435,25 @@ def test_ignored_anchors_get_nothing_whatever_comes_in(
         assert_close(g, want, tolerance(dtype, 2.0), roundings=2)  # saved, then multiplied by 1
 
 
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "level", "image"])
+@pytest.mark.parametrize("mode", ["save", "recompute", "inplace"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ignored_anchors_get_nothing_of_a_loss_scale_that_overflowed(
+    backend: Backend, dtype: torch.dtype, mode: str, reduction: str, kept: bool, generator: torch.Generator
+) -> None:
+    levels, labels = draw(backend, generator, dtype=dtype, layout="3d")
+    for bad in (INF, NAN):
+        inputs = [x.detach().requires_grad_() for x in levels]
+        given = [x.clone() for x in inputs] if mode == "inplace" else inputs
+        loss = fastfocal.focal_loss(given, labels, num_classes=5, reduction=reduction, grad_mode=mode)
+        grads = torch.autograd.grad(loss, inputs, torch.full_like(loss, bad), retain_graph=kept)
+        for g, y in zip(grads, labels, strict=True):
+            assert not g[y == -1].any()
+            # float16 rounds small gradients to 0 when it saves them, and a 0 stays one.
+            assert dtype == torch.float16 or not g[y != -1].isfinite().any()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("normalizer", [0.0, NAN, INF])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

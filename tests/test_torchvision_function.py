@@ -11,7 +11,7 @@ from cases import DTYPES, Backend, assert_close, half_ulp, tolerance
 from oracle import element_gradient, element_loss
 from torch import Tensor
 
-from fastfocal import sigmoid_focal_loss
+from fastfocal import reference, sigmoid_focal_loss
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 4, 5), (2, 3, 5, 7), (2, 1, 3, 2, 2), (0,), (3, 0, 2), (1031,)]
 
@@ -61,6 +61,23 @@ def test_dtypes(backend: Backend, dtype: torch.dtype, reduction: str) -> None:
     assert_close(loss, want, tolerance(dtype, 2.0))
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     assert gradient.dtype == dtype
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)], ids=str
+)
+@pytest.mark.parametrize("size", [0, 7])
+def test_dtypes_promote(size: int, dtypes: tuple[torch.dtype, torch.dtype], reduction: str) -> None:
+    x, y = torch.randn(size).to(dtypes[0]).requires_grad_(), torch.rand(size).to(dtypes[1])
+    loss = sigmoid_focal_loss(x, y, reduction=reduction)
+    assert loss.dtype == torch.promote_types(*dtypes)
+    expected = reference.sigmoid_focal_loss(x.double(), y.double(), reduction=reduction)
+    torch.testing.assert_close(
+        loss.double(), expected, rtol=1e-5 if loss.dtype != torch.float16 else 2e-3, atol=1e-7, equal_nan=True
+    )
+    loss.sum().backward()
+    assert x.grad is not None and x.grad.dtype == x.dtype
 
 
 def test_any_strides(backend: Backend) -> None:

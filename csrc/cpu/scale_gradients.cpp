@@ -1,4 +1,5 @@
 // Finished gradients times the incoming one, on the CPU.
+#include <cmath>
 #include <cstring>
 
 #include "device.h"
@@ -15,12 +16,19 @@ void scale_piece(const void* source, void* target, int64_t begin, int64_t end, d
     return;
   }
   const S f = static_cast<S>(factor);
-  for (int64_t i = begin; i < end; ++i) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-      to[i] = from[i] * f;
-    } else {
-      to[i] = from_float<T>(to_float(from[i]) * f);
+  const auto scale_each = [&](auto times) {
+    for (int64_t i = begin; i < end; ++i) {
+      if constexpr (sizeof(T) == sizeof(double)) {
+        to[i] = times(from[i]);
+      } else {
+        to[i] = from_float<T>(times(to_float(from[i])));
+      }
     }
+  };
+  if (std::isfinite(f)) {
+    scale_each([f](S g) { return g * f; });
+  } else {  // ignored anchors keep their 0
+    scale_each([f](S g) { return g == S(0) ? g : g * f; });
   }
 }
 

@@ -82,7 +82,8 @@ def softmax_focal_loss(
     _check(input, weight, reduction)
     label = target.clamp(min=0)
     log_p = torch.log_softmax(input, dim=1).gather(1, label.unsqueeze(1)).squeeze(1)
-    loss = -alpha * (-torch.expm1(log_p)).pow(gamma) * log_p
+    missing = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)  # 1 - p, with a slope where gamma < 1
+    loss = -alpha * missing.pow(gamma) * log_p
     if weight is not None:
         loss = loss * weight[label]
     loss = torch.where(target >= 0, loss, 0.0)
