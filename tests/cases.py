@@ -194,14 +194,16 @@ def _every_other(x: Tensor) -> Tensor:
 
 
 def move(value: Any, device: torch.device) -> Any:
-    """To the device, strides kept: `Tensor.to` keeps them only for dense tensors."""
+    """To the device, strides and offset from aligned memory kept: `Tensor.to` keeps strides, and only of dense tensors."""
     if isinstance(value, (list, tuple)):
         return type(value)(move(entry, device) for entry in value)
     if not isinstance(value, Tensor) or value.device == device:
         return value
     span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
-    memory = value.new_empty(span, device=device)
-    return memory.as_strided(value.shape, value.stride()).copy_(value)
+    offset = value.storage_offset()
+    memory = value.new_empty(offset + span, device=device)
+    memory[offset:].copy_(value.as_strided((span,), (1,)))  # with what lies between, and an expanded value once
+    return memory.as_strided(value.shape, value.stride(), offset)
 
 
 # --- running and comparing --------------------------------------------------------------------------------------------

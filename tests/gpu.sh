@@ -27,13 +27,14 @@ build() {
 }
 
 test() {
-  "$python" -m pytest -m cuda -q -p no:cacheprovider tests
+  "$python" -c "from fastfocal import _C; print(_C.__file__)" &&  # the checkout's own build, if it has one
+    "$python" -m pytest -m cuda -q -p no:cacheprovider tests
 }
 
 # One allocation a tensor, so that a step beyond its end is seen. initcheck has to see torch's kernels write what ours read.
 sanitize() {
   local failed=0
-  for tool in memcheck "racecheck --kernel-regex kns=fastfocal" initcheck; do
+  for tool in memcheck "racecheck --kernel-regex kns=fastfocal" "synccheck --kernel-regex kns=fastfocal" initcheck; do
     echo "== $tool"
     # shellcheck disable=SC2086  # a tool and its option
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \

@@ -1,6 +1,6 @@
 """Calls that take every kernel's every way once, for tools that watch them (tests/gpu.sh): no test of what they compute.
 
-Small ones, for compute-sanitizer; --large: three calls at 800x1344, for a profiler.
+Small ones, for compute-sanitizer; --large: calls at 800x1344 in two dtypes and both layouts, for a profiler.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ def options(labels: Tensor, levels: list[Tensor], k: int) -> Iterator[dict[str, 
     yield {"targets": [torch.rand_like(x, dtype=torch.float32) for x in levels], "normalizer": 7.0}
 
 
+def off_the_grid(x: Tensor, shifted: bool) -> Tensor:
+    """The same strides, one element beyond where a vector begins."""
+    if not shifted:
+        return x
+    return x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
 def call(levels: list[Tensor], labels: Tensor, k: int, **chosen: Any) -> None:
     leaves = [x.clone().requires_grad_() for x in levels]
     used = [x * 1 for x in leaves] if chosen.get("grad_mode") == "inplace" else leaves
@@ -58,11 +65,25 @@ def small(device: str) -> int:
             for chosen in options(labels, levels, K):
                 call(levels, labels, K, **chosen)
                 calls += 1
-    for k in (1, 80, 40000):  # one plane; whole vectors; codes of 32 bits
+            # Tiles that are whole, read as vectors and not; a block takes several tiles where the device is small.
+            levels, labels = pyramid(2, ((32, 36), (16, 16)), 3, 16, device)
+            for shifted in (False, True):
+                given = [off_the_grid(x.to(dtype, memory_format=order), shifted) for x in levels]
+                for gamma in (2.0, 1.5):
+                    call(given, labels, 16, gamma=gamma)
+                    calls += 1
+    for k in (1, 80, 40000):  # one plane; a plane for each class; codes of 32 bits
         levels, labels = pyramid(1, ((2, 3),), 1, k, device)
         call(levels, labels, k)
         calls += 1
-    return calls
+    many, labels = pyramid(2, ((3, 5),) * 20, 1, K, device)  # two launches, and levels without a gradient
+    mixed = [x.requires_grad_(i % 3 > 0) for i, x in enumerate(many)]
+    fastfocal.focal_loss(mixed, labels, num_classes=K, reduction="level").sum().backward()
+    fastfocal.focal_loss_star(many, labels, num_classes=K).backward()
+    # More tiles than any GPU holds blocks at once: shared memory is used again and again.
+    huge, labels = pyramid(1, ((128, 160),), 9, 64, device)
+    call([x.to(torch.bfloat16) for x in huge], labels, 64)
+    return calls + 3
 
 
 def large(device: str) -> int:

@@ -27,10 +27,11 @@ GetStream find_get_stream() {
 
 }  // namespace
 
-Context::Context(const torch::stable::Tensor& like) : device(like.get_device_index()) {
+Context::Context(const torch::stable::Tensor& like)
+    : device(like.get_device_index()), guard_(nullptr, [](void* guard) { delete static_cast<DeviceGuard*>(guard); }) {
   static const GetStream get_stream = find_get_stream();
   STD_TORCH_CHECK(get_stream != nullptr, "fastfocal: this torch has no CUDA");
-  guard_ = new DeviceGuard(device);
+  guard_.reset(new DeviceGuard(device));
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(get_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
@@ -42,7 +43,5 @@ Context::Context(const torch::stable::Tensor& like) : device(like.get_device_ind
     if (device < kMaxDevices) known[device].store(multiprocessors, std::memory_order_relaxed);
   }
 }
-
-Context::~Context() { delete static_cast<DeviceGuard*>(guard_); }
 
 }  // namespace fastfocal::cuda

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <memory>
+
 namespace torch::stable {
 class Tensor;
 }
@@ -12,16 +14,13 @@ namespace fastfocal::cuda {
 // Makes the tensor's device current for as long as it lives.
 struct Context {
   explicit Context(const torch::stable::Tensor& like);
-  ~Context();
-  Context(const Context&) = delete;
-  Context& operator=(const Context&) = delete;
 
   int device = 0;
   int multiprocessors = 0;
   cudaStream_t stream = nullptr;
 
  private:
-  void* guard_ = nullptr;
+  std::unique_ptr<void, void (*)(void*)> guard_;  // released when the constructor throws, too
 };
 
 constexpr int kMaxDevices = 64;  // whose attributes are remembered

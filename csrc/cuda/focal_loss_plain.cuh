@@ -181,19 +181,26 @@ struct PlaneLook {
   }
 };
 
-// Anything else, logit by logit.
+// Anything else, logit by logit; those outside the tile count as ignored.
 template <int kCount>
 struct AnyLook {
   const int16_t* codes;
   TileMap map;
+  uint32_t length;  // of the tile
 
-  __device__ AnyLook(const int16_t* codes_, const TileMap& map_) : codes(codes_), map(map_) {}
+  __device__ AnyLook(const int16_t* codes_, const TileMap& map_, const Tile& tile)
+      : codes(codes_), map(map_), length(tile.end > tile.begin ? uint32_t(tile.end - tile.begin) : 0) {}
 
-  __device__ __forceinline__ Special at(uint32_t offset) const {
+  __device__ __forceinline__ Special at(int offset) const {
     Special found;
 #pragma unroll 1
     for (int i = 0; i < kCount; ++i) {
-      const Place place = map.at(offset + uint32_t(i));
+      const uint32_t n = uint32_t(offset + i);  // below 0 it wraps beyond every length
+      if (n >= length) {
+        found.ignored |= 1u << i;
+        continue;
+      }
+      const Place place = map.at(n);
       const int code = codes[place.anchor];
       found.positive |= uint32_t(code == place.k) << i;
       found.ignored |= uint32_t(code == kIgnored) << i;
@@ -226,11 +233,10 @@ struct PlainThread {
 
   static __device__ __forceinline__ uint4 read(const T* p) { return *reinterpret_cast<const uint4*>(p); }
 
-  // 16 bytes of logits, from p; their gradient goes to g.
+  // Adds the losses of kCount logits x, which come from p, and makes their gradient of them. Every tile's logits go through
+  // here in the same order, wherever they lie in memory, so that the sums have the same bits.
   template <bool kClear>
-  __device__ __forceinline__ void vector(uint4 logits, const T* p, T* g, bool write, const Special special) {
-    float x[kCount];
-    unpack<T>(logits, x);
+  __device__ __forceinline__ void compute(float (&x)[kCount], const T* p, const Special special) {
     if constexpr (!kClear) {
       const uint32_t apart = special.positive | special.ignored;
 #pragma unroll
@@ -253,7 +259,15 @@ struct PlainThread {
           x[i] = i == at ? t.slope * *positive : x[i];
       }
     }
-    if (kOutput != Output::kLoss && write) *reinterpret_cast<uint4*>(g) = packed<T>(x);
+  }
+
+  // 16 bytes of logits, from p; their gradient goes to g.
+  template <bool kClear>
+  __device__ __forceinline__ void vector(uint4 logits, const T* p, T* g, const Special special) {
+    float x[kCount];
+    unpack<T>(logits, x);
+    compute<kClear>(x, p, special);
+    if (kOutput != Output::kLoss) *reinterpret_cast<uint4*>(g) = packed<T>(x);
   }
 
   // A tile that is whole vectors, all of them inside its image. Two at a time: their loads are in flight together.
@@ -267,11 +281,11 @@ struct PlainThread {
     for (int step = 0; step < kSteps; step += 2) {
       const uint4 first = read(p), second = read(p + kStep);
       if (__all_sync(0xffffffffu, (look.common(offset) & look.common(offset + kStep)) == kBackground)) {
-        vector<true>(first, p, g, true, {});
-        vector<true>(second, p + kStep, g + kStep, true, {});
+        vector<true>(first, p, g, {});
+        vector<true>(second, p + kStep, g + kStep, {});
       } else {  // read again: kept, they would take registers from both ways
-        vector<false>(read(p), p, g, true, look.at(offset));
-        vector<false>(read(p + kStep), p + kStep, g + kStep, true, look.at(offset + kStep));
+        vector<false>(read(p), p, g, look.at(offset));
+        vector<false>(read(p + kStep), p + kStep, g + kStep, look.at(offset + kStep));
       }
       offset += 2 * kStep;
       p += 2 * kStep;
@@ -279,32 +293,35 @@ struct PlainThread {
     }
   }
 
-  // Any other tile: its ends, and where vectors do not serve, logit by logit. Each thread takes the same logits as above.
-  // x, g: the image's.
+  // Any other tile: the same with the ends of an image, and where vectors do not serve (`vectors`: memory and weights allow
+  // them), read and written logit by logit. x, g: the image's.
   __device__ __forceinline__ void ragged_tile(const T* x, T* g, const Tile& tile, bool vectors,
                                               const AnyLook<kCount>& look) {
+    x += tile.begin;
+    if (kOutput != Output::kLoss && g != nullptr) g += tile.begin;
+    const int first = int(tile.aligned - tile.begin) + int(threadIdx.x) * kCount;
 #pragma unroll 1
-    for (int step = 0; step < kSteps; ++step) {
-      const int64_t at = tile.aligned + (int64_t(step) * kThreads + threadIdx.x) * kCount;
-      if (vectors && at >= tile.begin && at + kCount <= tile.end) {
-        vector<false>(read(x + at), x + at, g + at, g != nullptr, look.at(uint32_t(at - tile.begin)));
-        continue;
+    for (int offset = first; offset < int(look.length); offset += kThreads * kCount) {
+      if (offset + kCount <= 0) continue;
+      const Special special = look.at(offset);
+      const bool as_vector = vectors && offset >= 0 && offset + kCount <= int(look.length);
+      float y[kCount];
+      if (as_vector) {
+        unpack<T>(read(x + offset), y);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) y[i] = (special.ignored >> i & 1) != 0 ? 0.0f : to_float(x[offset + i]);
       }
-#pragma unroll 1
-      for (int i = 0; i < kCount; ++i) {
-        const int64_t j = at + i;
-        if (j < tile.begin || j >= tile.end) continue;
-        const Place place = look.map.at(uint32_t(j - tile.begin));
-        const int code = look.codes[place.anchor];
-        float slope = 0.0f;
-        if (code != kIgnored) {
-          const bool is_positive = code == place.k;
-          const Term<float> t = is_positive ? formula.positive(to_float(x[j])) : formula.negative(to_float(x[j]));
-          positives += is_positive ? double(t.loss) : 0.0;
-          negatives[0] += is_positive ? 0.0f : t.loss;
-          slope = t.slope * (is_positive ? *positive : negative);
+      compute<false>(y, x + offset, special);
+      if (kOutput == Output::kLoss || g == nullptr) continue;
+      if (as_vector) {
+        *reinterpret_cast<uint4*>(g + offset) = packed<T>(y);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (uint32_t(offset + i) < look.length)
+            g[offset + i] = from_float<T>((special.ignored >> i & 1) != 0 ? 0.0f : y[i]);
         }
-        if (kOutput != Output::kLoss && g != nullptr) g[j] = from_float<T>(slope);
       }
     }
   }
@@ -339,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
     } else if (whole && PlaneLook<kCount>::serves(codes, work.map)) {
       thread.whole_tile(x + tile.begin, g + tile.begin, PlaneLook<kCount>(codes, work.map));
     } else {
-      thread.ragged_tile(x, g, tile, vectors, AnyLook<kCount>(codes, work.map));
+      thread.ragged_tile(x, g, tile, vectors, AnyLook<kCount>(codes, work.map, tile));
     }
     if constexpr (kOutput != Output::kGradient) {
       const double sum = block_sum(weigh(double(thread.negatives[0]) + double(thread.negatives[1]), call.negative_weight) +

@@ -5,11 +5,9 @@
 
 namespace fastfocal::cuda {
 
-Context::Context(const torch::stable::Tensor&) : stream(nullptr) {
+Context::Context(const torch::stable::Tensor&) : stream(nullptr), guard_(nullptr, [](void*) {}) {
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
 }
-
-Context::~Context() = default;
 
 }  // namespace fastfocal::cuda
 
