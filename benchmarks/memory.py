@@ -49,8 +49,31 @@ def fix_allocator(largest: int, keep: bool = False) -> None:
         libc.mallopt(_MMAP_THRESHOLD, threshold * MIB)
         libc.mallopt(_TRIM_THRESHOLD, _INT_MAX if keep else kept)
         libc.malloc_trim(0)
+        _fill_holes(libc, threshold * MIB if threshold == 1 and not keep else None)
     except (AttributeError, OSError):
         pass  # no glibc
+
+
+_fillings: list[int] = []
+
+
+def _fill_holes(libc: ctypes.CDLL, size: int | None) -> None:
+    """Takes what the heap has free in blocks of `size`, the mapping threshold, until one is mapped; None: gives it back.
+
+    The heap comes first: a hole that something large left there would serve a block again and again, and no page be fresh.
+    Nothing is written to the fillings, so they are addresses and no memory.
+    """
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+    while _fillings:
+        libc.free(_fillings.pop())
+    while size is not None:
+        block = libc.malloc(size)
+        mapped = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2  # in a chunk's header
+        if mapped:
+            libc.free(block)
+            return
+        _fillings.append(block)
 
 
 def touch_memory(size: int) -> None:
