@@ -55,6 +55,7 @@ def fix_allocator(largest: int, keep: bool = False) -> None:
 
 
 _fillings: list[int] = []
+_MOST_FILLINGS = 4096  # of 1 MiB; another malloc, loaded before glibc's, has no such headers
 
 
 def _fill_holes(libc: ctypes.CDLL, size: int | None) -> None:
@@ -67,7 +68,7 @@ def _fill_holes(libc: ctypes.CDLL, size: int | None) -> None:
     libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
     while _fillings:
         libc.free(_fillings.pop())
-    while size is not None:
+    while size is not None and len(_fillings) < _MOST_FILLINGS:
         block = libc.malloc(size)
         mapped = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2  # in a chunk's header
         if mapped:
