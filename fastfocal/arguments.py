@@ -23,6 +23,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("sum", "level", "image", "none", "mean")
 NORMALIZERS = ("positives", "positives_per_image")
+STRIDED = torch.strided
 GRAD_MODES = ("auto", "save", "recompute", "inplace")
 
 
@@ -37,15 +38,18 @@ def is_class_last(t: Tensor) -> bool:
 
 def as_levels(name: str, value: Levels) -> list[Tensor]:
     """The tensors as a list; those of a subclass that only adds to Python's side of a tensor as plain ones."""
-    if isinstance(value, Tensor):
+    if isinstance(value, (list, tuple)):
+        # In one line, as it is on the way of every call.
+        if all(
+            [(type(t) is Tensor or type(t) is Parameter) and t.layout is STRIDED and not t.is_nested for t in value]
+        ):
+            return list(value)
+    elif isinstance(value, Tensor):
         return [as_plain(name, value)]
-    if (not isinstance(value, (list, tuple)) and not isinstance(value, Sequence)) or isinstance(value, (str, bytes)):
+    elif not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise TypeError(
             f"{name}: expected a tensor or a sequence of tensors, one per level; got {type(value).__name__}"
         )
-    for level, t in enumerate(value):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}[{level}]: expected a tensor, got {type(t).__name__}")
     return [as_plain(f"{name}[{level}]", t) for level, t in enumerate(value)]
 
 
@@ -53,11 +57,13 @@ def as_plain(name: str, t: Tensor) -> Tensor:
     """The tensor, if the kernels can read such a one.
 
     Raises:
-        TypeError: it is sparse, nested, of another layout, or a distributed tensor.
+        TypeError: it is no tensor, or it is sparse, nested, of another layout, or distributed.
     """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if (kind := type(t)) is not Tensor and kind is not Parameter:
         t = without_subclass(name, t)
-    if t.layout is not torch.strided or t.is_nested:
+    if t.layout is not STRIDED or t.is_nested:
         kind_of = "a nested tensor" if t.is_nested else f"layout {t.layout}"
         raise TypeError(f"{name}: expected an ordinary (strided) tensor, got {kind_of}")
     return t

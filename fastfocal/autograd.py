@@ -18,6 +18,9 @@ from fastfocal import ops
 from fastfocal.registration import NO_SECOND_DERIVATIVE, in_order_of, refuse_batched, times
 from fastfocal.saved import describe, has_hooks, restore
 
+# Within it operators are called past their own derivative, which costs some microseconds and is not wanted here.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
 _keep_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
@@ -102,7 +105,8 @@ class FocalLossFunction(torch.autograd.Function):
         mode, options, dense, needs_grad, copied = call
         hooked = has_hooks()
         if mode == "recompute":
-            losses, _ = below_autograd(ops.operators.focal_loss, dense, *options, [0] * len(dense))
+            with below_autograd():
+                losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
             codes, soft_targets, anchor_weight, class_weights, divisor, *rest = options
             saved = [*dense, *(soft_targets or ()), codes, anchor_weight, class_weights, divisor]
             ctx.options = rest  # those that are no tensors
@@ -111,13 +115,17 @@ class FocalLossFunction(torch.autograd.Function):
             empty = dense[0].new_empty(0)
             saved = [t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)]
             losses = ops.new_losses(dense, options.reduction)
-            below_autograd(ops.operators.focal_loss_, dense, losses, *options, needs_grad)
+            with below_autograd():
+                ops.operators.focal_loss_(dense, losses, *options, needs_grad)
         else:
-            losses, saved = below_autograd(ops.operators.focal_loss, dense, *options, needs_grad)
+            with below_autograd():
+                losses, saved = ops.operators.focal_loss(dense, *options, needs_grad)
         # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
         # without a copy.
         ctx.save_for_backward(*saved)
-        ctx.kept = mode, options.reduction, needs_grad, copied, hooked, describe(saved)
+        # Gradients in other memory are the same gradients; what is read together has to lie as it did.
+        kept = describe(saved, hooked) if hooked or mode == "recompute" else None
+        ctx.kept = mode, options.reduction, needs_grad, copied, hooked, kept
         return tuple(losses)
 
     @staticmethod
@@ -125,9 +133,9 @@ class FocalLossFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         if not is_compiling():
-            refuse_batched(grad_outputs)
+            refuse_batched(grad_outputs[0])
         mode, reduction, needs_grad, copied, hooked, kept = ctx.kept
-        gradients = restore(ctx.saved_tensors, kept)
+        gradients = list(ctx.saved_tensors) if kept is None else restore(ctx.saved_tensors, kept)
         if mode == "recompute":
             gradients = recomputed(gradients, grad_outputs, needs_grad, ctx.options)
         elif reduction == ops.NONE:
@@ -136,9 +144,11 @@ class FocalLossFunction(torch.autograd.Function):
             ]
         elif hooked or graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
-            gradients = below_autograd(ops.operators.scale_gradients, gradients, grad_outputs[0], reduction)
+            with below_autograd():
+                gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)
         else:
-            below_autograd(ops.operators.scale_gradients_, gradients, grad_outputs[0], reduction)
+            with below_autograd():
+                ops.operators.scale_gradients_(gradients, grad_outputs[0], reduction)
         found: list[Tensor | None] = gradients
         if 0 in needs_grad:
             found = [t if need else None for t, need in zip(gradients, needs_grad, strict=True)]
@@ -162,13 +172,8 @@ def recomputed(
         incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
     else:  # the kernel reads them in the logits' order
         incoming = [in_order_of(t, g) for g, t in zip(grad_outputs, dense, strict=True)]
-    return below_autograd(ops.operators.focal_loss_backward, incoming, dense, *options, needs_grad)
-
-
-def below_autograd(operator: Any, *args: Any) -> Any:
-    """Calls an operator past its own derivative, which costs some microseconds and is not wanted here."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
+    with below_autograd():
+        return ops.operators.focal_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
 
 
 def focal_loss(
@@ -192,5 +197,6 @@ def focal_loss(
             torch.autograd.graph.increment_version([t for t in logits if t.requires_grad])
         return FocalLossFunction.apply(Call(mode, options, dense, needs_grad, copied), *logits)
     else:
-        losses, _ = below_autograd(ops.operators.focal_loss, dense, *options, [0] * len(dense))
+        with below_autograd():
+            losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
     return tuple(losses)

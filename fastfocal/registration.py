@@ -7,7 +7,7 @@ meets the operators, so they carry their own derivative: `focal_loss` the true o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -143,7 +143,7 @@ class FocalLossDerivative(_SingleLevelFunction):
         else:
             saved = [*logits, *tensors_of(options)]
             ctx.options = without_tensors(options[:-1])
-        ctx.kept = describe(saved)
+        ctx.kept = describe(saved, hooked=True)
         ctx.save_for_backward(*saved)
         ctx.for_jvp = None if gradients else (list(logits), options)
         return (*losses, *gradients)
@@ -157,7 +157,8 @@ class FocalLossDerivative(_SingleLevelFunction):
         needed = [int(need) for need in ctx.needs_input_grad[2:]]
         if all(g is None for g in incoming):
             return (None, None, *[None] * len(needed))
-        refuse_batched(grad_outputs)
+        for g in incoming:
+            refuse_batched(g)
         saved = restore(ctx.saved_tensors, ctx.kept)
         found: list[Any]
         if not ctx.gradients_made:
@@ -211,8 +212,8 @@ class FocalLossDerivative(_SingleLevelFunction):
         return (of_levels if reduction == LEVEL else of_levels.sum(),)
 
 
-def refuse_batched(grad_outputs: Sequence[Tensor | None]) -> None:
-    if any([g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grad_outputs]):
+def refuse_batched(grad_output: Tensor | None) -> None:
+    if grad_output is not None and torch._C._functorch.is_legacy_batchedtensor(grad_output):
         raise RuntimeError(NO_BATCHED_GRADIENTS)
 
 

@@ -7,16 +7,27 @@ was saved. The kernels read labels, weights and logits side by side, so memory o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Kept = list[tuple[Any, ...]]  # shape, strides, dtype and device of each tensor
+
+class Kept(NamedTuple):
+    """What saved tensors were like."""
+
+    strides: list[tuple[int, ...] | None]
+    # Shape, dtype and device of each, where hooks see them.
+    others: list[tuple[Any, ...] | None] | None
 
 
-def describe(tensors: Sequence[Tensor | None]) -> Kept:
-    return [() if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+def describe(tensors: Sequence[Tensor | None], hooked: bool) -> Kept:
+    strides = [None if t is None else t.stride() for t in tensors]
+    return Kept(strides, [others_of(t) for t in tensors] if hooked else None)
+
+
+def others_of(t: Tensor | None) -> tuple[Any, ...] | None:
+    return None if t is None else (t.shape, t.dtype, t.device)
 
 
 def restore(tensors: Sequence[Tensor | None], kept: Kept) -> list[Any]:
@@ -25,23 +36,21 @@ def restore(tensors: Sequence[Tensor | None], kept: Kept) -> list[Any]:
     Raises:
         RuntimeError: a hook changed a shape, a dtype or a device.
     """
-    if describe(tensors) == kept:
-        return list(tensors)
-    restored: list[Tensor | None] = []
-    for i, (t, was) in enumerate(zip(tensors, kept, strict=True)):
-        if t is None or not was:
-            restored.append(t)
-            continue
-        shape, strides, dtype, device = was
-        if t.shape != shape or t.dtype != dtype or t.device != device:
-            raise RuntimeError(
-                f"fastfocal: saved tensor {i} came back from a saved-tensor hook as {tuple(t.shape)}, {t.dtype}, {t.device}; "
-                f"expected {tuple(shape)}, {dtype}, {device} as it was saved"
-            )
-        if t.stride() != strides:
-            t = torch.empty_strided(shape, strides, dtype=dtype, device=device).copy_(t)
-        restored.append(t)
-    return restored
+    if kept.others is not None:
+        for i, (t, was) in enumerate(zip(tensors, kept.others, strict=True)):
+            if others_of(t) != was:
+                shape, dtype, device = was or ((), None, None)
+                got = None if t is None else f"{tuple(t.shape)}, {t.dtype}, {t.device}"
+                raise RuntimeError(
+                    f"fastfocal: saved tensor {i} came back from a saved-tensor hook as {got}; expected {tuple(shape)}, "
+                    f"{dtype}, {device} as it was saved"
+                )
+    return [
+        t
+        if t is None or t.stride() == strides
+        else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)  # type: ignore[arg-type]
+        for t, strides in zip(tensors, kept.strides, strict=True)
+    ]
 
 
 def has_hooks() -> bool:
