@@ -1,19 +1,64 @@
 """Focal loss as functions."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from typing_extensions import Unpack
 
 from fastfocal import arguments, autograd, ops
+from fastfocal import labels as label_conventions
 
 Levels = Tensor | Sequence[Tensor]
+Labels = Literal["torchvision", "detectron2", "mmdet", "effdet", "kuangliu", "segmentation"]
+Reduced = Literal["sum", "level", "image", "mean"]
+Normalizer = Literal["positives", "positives_per_image"] | float | Tensor | None
+GradMode = Literal["auto", "save", "recompute", "inplace"]
+
+
+class Options(TypedDict, total=False):
+    """The keywords that both functions take, beside `reduction`."""
+
+    num_classes: int | None
+    alpha: float | Sequence[float] | Tensor | None
+    gamma: float
+    labels: Labels | None
+    background_index: int | None
+    ignore_index: int
+    weight: Levels | None
+    level_weights: Sequence[float] | None
+    normalizer: Normalizer
+    grad_mode: GradMode
+    loss_weight: float
+
+
+class FocalLossOptions(Options, total=False):
+    label_smoothing: float
+    detach_modulating_factor: bool
+
+
+class FocalLossStarOptions(Options, total=False):
+    beta: float
+
+
+# Only `reduction` says what comes back.
+@overload
+def focal_loss(
+    logits: Levels, targets: Levels, *, reduction: Reduced = "sum", **options: Unpack[FocalLossOptions]
+) -> Tensor: ...
+@overload
+def focal_loss(
+    logits: Tensor, targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossOptions]
+) -> Tensor: ...
+@overload
+def focal_loss(
+    logits: Sequence[Tensor], targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossOptions]
+) -> list[Tensor]: ...
 
 
 def focal_loss(
@@ -23,15 +68,16 @@ def focal_loss(
     num_classes: int | None = None,
     alpha: float | Sequence[float] | Tensor | None = 0.25,
     gamma: float = 2.0,
+    labels: Labels | None = None,
     background_index: int | None = None,
     ignore_index: int = -1,
     weight: Levels | None = None,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     detach_modulating_factor: bool = False,
-    normalizer: str | float | Tensor | None = "positives",
-    reduction: str = "sum",
-    grad_mode: str = "auto",
+    normalizer: Normalizer = "positives",
+    reduction: Reduced | Literal["none"] = "sum",
+    grad_mode: GradMode = "auto",
     loss_weight: float = 1.0,
 ) -> Tensor | list[Tensor]:
     r"""Sigmoid focal loss over every level of a feature pyramid, with its gradient, in one pass.
@@ -55,6 +101,9 @@ def focal_loss(
             a tensor ``(K,)``: one alpha per class. Numbers are copied to the logits' device once, a tensor in each call if it
             is not there.
         gamma: focusing parameter, any finite number >= 0.
+        labels: the convention of a project: "torchvision" or "effdet" (background -1, ignored -2), "detectron2" or "mmdet"
+            (background K, ignored -1: the default), "kuangliu" (background 0, ignored -1), "segmentation" (ignored 255; K
+            would be background). It stands for the next two.
         background_index: the label that means background; None means K. With 0 the classes are the labels 1..K, with
             anything else 0..K-1.
         ignore_index: anchors with this label have zero loss and zero gradient whatever their logits are, and do not count.
@@ -89,10 +138,25 @@ def focal_loss(
     formula = plain_formula(gamma, label_smoothing, detach_modulating_factor)
     classes = arguments.number_of_classes(logits, targets, num_classes)
     number, per_class = arguments.split_alpha(alpha)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
     settings = make_settings(formula, classes, number, *options)
     class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
     return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
+
+
+@overload
+def focal_loss_star(
+    logits: Levels, targets: Levels, *, reduction: Reduced = "sum", **options: Unpack[FocalLossStarOptions]
+) -> Tensor: ...
+@overload
+def focal_loss_star(
+    logits: Tensor, targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossStarOptions]
+) -> Tensor: ...
+@overload
+def focal_loss_star(
+    logits: Sequence[Tensor], targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossStarOptions]
+) -> list[Tensor]: ...
 
 
 def focal_loss_star(
@@ -103,13 +167,14 @@ def focal_loss_star(
     alpha: float | Sequence[float] | Tensor | None = 0.25,
     gamma: float = 2.0,
     beta: float = 1.0,
+    labels: Labels | None = None,
     background_index: int | None = None,
     ignore_index: int = -1,
     weight: Levels | None = None,
     level_weights: Sequence[float] | None = None,
-    normalizer: str | float | Tensor | None = "positives",
-    reduction: str = "sum",
-    grad_mode: str = "auto",
+    normalizer: Normalizer = "positives",
+    reduction: Reduced | Literal["none"] = "sum",
+    grad_mode: GradMode = "auto",
     loss_weight: float = 1.0,
 ) -> Tensor | list[Tensor]:
     r"""Focal loss star over every level of a feature pyramid, with its gradient, in one pass.
@@ -123,8 +188,9 @@ def focal_loss_star(
     Args:
         gamma: slope of the logit, a finite number > 0.
         beta: shift of the logit, a finite number.
-        logits, targets, num_classes, alpha, background_index, ignore_index, weight, level_weights, normalizer, reduction,
-            grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them. Soft targets: ``x_t`` as above, in between.
+        logits, targets, num_classes, alpha, labels, background_index, ignore_index, weight, level_weights, normalizer,
+            reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them. Soft targets: ``x_t`` as above, in
+            between.
 
     Returns:
         As :func:`fastfocal.focal_loss`.
@@ -135,6 +201,7 @@ def focal_loss_star(
     formula = star_formula(gamma, beta)
     classes = arguments.number_of_classes(logits, targets, num_classes)
     number, per_class = arguments.split_alpha(alpha)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
     settings = make_settings(formula, classes, number, *options)
     class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
@@ -238,10 +305,18 @@ def pyramid_loss(
     if soft:
         soft_targets = arguments.check_soft_targets(given, dense)
     else:
-        labels = arguments.check_labels(given, isinstance(targets, Tensor), dense, classes, anchors)
-        codes, counted = ops.operators.label_codes(
-            labels, dense, classes, settings.background, settings.ignore_index, count, 1.0
-        )
+        together = isinstance(targets, Tensor)
+        labels = arguments.check_labels(given, together, dense, classes, anchors)
+        background, ignored = settings.background, settings.ignore_index
+        if background == classes and ignored == -1 and not is_compiling():
+            label_conventions.no_background.look(labels, classes)
+        try:
+            codes, counted = ops.operators.label_codes(labels, dense, classes, background, ignored, count, 1.0)
+        except ValueError:
+            message = label_conventions.describe_bad_label(given, together, anchors, classes, background, ignored)
+            if message is None:
+                raise
+            raise ValueError(message) from None
         if count != ops.COUNT_NOTHING:
             divisor = counted
 

@@ -1,18 +1,24 @@
 """Focal loss as a module."""
 
-from __future__ import annotations
-
+import inspect
 import operator
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from typing_extensions import Self
 
 from fastfocal import arguments
+from fastfocal import labels as label_conventions
 from fastfocal.functional import (
     Formula,
+    GradMode,
+    Labels,
     Levels,
+    Normalizer,
+    Reduced,
     Settings,
     make_settings,
     plain_formula,
@@ -30,8 +36,8 @@ class FastFocalLoss(nn.Module):
 
     Args:
         num_classes: K, the foreground classes.
-        alpha, gamma, background_index, ignore_index, level_weights, label_smoothing, detach_modulating_factor, normalizer,
-            reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
+        alpha, gamma, labels, background_index, ignore_index, level_weights, label_smoothing, detach_modulating_factor,
+            normalizer, reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
         sync_normalizer: mean of the count over the ranks of the default process group; not there yet.
         ema_momentum: running mean of the normalizer; not there yet.
 
@@ -49,14 +55,15 @@ class FastFocalLoss(nn.Module):
         *,
         alpha: float | Sequence[float] | Tensor | None = 0.25,
         gamma: float = 2.0,
+        labels: Labels | None = None,
         background_index: int | None = None,
         ignore_index: int = -1,
         level_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         detach_modulating_factor: bool = False,
-        normalizer: str | float | Tensor | None = "positives",
-        reduction: str = "sum",
-        grad_mode: str = "auto",
+        normalizer: Normalizer = "positives",
+        reduction: Reduced | Literal["none"] = "sum",
+        grad_mode: GradMode = "auto",
         loss_weight: float = 1.0,
         sync_normalizer: bool = False,
         ema_momentum: float | None = None,
@@ -70,8 +77,7 @@ class FastFocalLoss(nn.Module):
         self.num_classes = arguments.check_num_classes(num_classes)
         self.alpha = alpha
         self.gamma = gamma
-        self.background_index = background_index
-        self.ignore_index = ignore_index
+        self.background_index, self.ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
         self.level_weights = arguments.check_level_weights(level_weights)
         self.label_smoothing = label_smoothing
         self.detach_modulating_factor = detach_modulating_factor
@@ -87,7 +93,7 @@ class FastFocalLoss(nn.Module):
         logits: Levels,
         targets: Levels,
         weight: Levels | None = None,
-        normalizer: str | float | Tensor | None = None,
+        normalizer: Normalizer = None,
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
         if normalizer is None:
@@ -149,7 +155,7 @@ class FastFocalLoss(nn.Module):
             self._checked = now
         return self._of_checked
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         given, moved = self._given_alpha, self.class_alpha
         if given is not None and moved is not None:
@@ -158,11 +164,18 @@ class FastFocalLoss(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        alpha = self.alpha if self.class_alpha is None else "per class"
-        return (
-            f"num_classes={self.num_classes}, alpha={alpha}, gamma={self.gamma}, normalizer={self.normalizer!r}, "
-            f"reduction={self.reduction!r}, grad_mode={self.grad_mode!r}"
-        )
+        """num_classes, and every option that is not the default."""
+        shown = [f"num_classes={self.num_classes}"]
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name in ("self", "num_classes") or not hasattr(self, name):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                values = "without data" if value.is_meta else ", ".join(f"{v:g}" for v in value.flatten()[:4].tolist())
+                shown.append(f"{name}=[{values}{', ...' if value.numel() > 4 else ''}]")
+            elif value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
 
 class FastFocalLossStar(FastFocalLoss):
@@ -175,7 +188,7 @@ class FastFocalLossStar(FastFocalLoss):
     Args:
         num_classes: K, the foreground classes.
         gamma, beta: slope and shift of the logit.
-        alpha, background_index, ignore_index, level_weights, normalizer, reduction, grad_mode, loss_weight: as
+        alpha, labels, background_index, ignore_index, level_weights, normalizer, reduction, grad_mode, loss_weight: as
             :func:`fastfocal.focal_loss` takes them.
 
     Raises:
@@ -189,12 +202,13 @@ class FastFocalLossStar(FastFocalLoss):
         alpha: float | Sequence[float] | Tensor | None = 0.25,
         gamma: float = 2.0,
         beta: float = 1.0,
+        labels: Labels | None = None,
         background_index: int | None = None,
         ignore_index: int = -1,
         level_weights: Sequence[float] | None = None,
-        normalizer: str | float | Tensor | None = "positives",
-        reduction: str = "sum",
-        grad_mode: str = "auto",
+        normalizer: Normalizer = "positives",
+        reduction: Reduced | Literal["none"] = "sum",
+        grad_mode: GradMode = "auto",
         loss_weight: float = 1.0,
     ) -> None:
         self.beta = beta  # before the base's constructor, which checks all of them
@@ -202,6 +216,7 @@ class FastFocalLossStar(FastFocalLoss):
             num_classes,
             alpha=alpha,
             gamma=gamma,
+            labels=labels,
             background_index=background_index,
             ignore_index=ignore_index,
             level_weights=level_weights,
@@ -215,6 +230,3 @@ class FastFocalLossStar(FastFocalLoss):
 
     def _formula_options(self) -> tuple[float, ...]:
         return self.gamma, self.beta
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, beta={self.beta}"

@@ -207,7 +207,7 @@ def test_what_comes_later_says_so(option: dict[str, Any]) -> None:
 def test_signatures() -> None:
     """Names, defaults and which arguments are by keyword alone: what callers may rely on."""
     empty = inspect.Parameter.empty
-    common = {"alpha": 0.25, "gamma": 2.0, "background_index": None, "ignore_index": -1}
+    common = {"alpha": 0.25, "gamma": 2.0, "labels": None, "background_index": None, "ignore_index": -1}
     late = {
         "label_smoothing": 0.0,
         "detach_modulating_factor": False,
@@ -227,6 +227,21 @@ def test_signatures() -> None:
     forward = inspect.signature(FastFocalLoss.forward).parameters
     assert list(forward) == ["self", "logits", "targets", "weight", "normalizer"]
     assert forward["weight"].default is None and forward["normalizer"].default is None
+
+
+def test_representation_shows_what_is_not_the_default() -> None:
+    assert repr(FastFocalLoss(80)) == "FastFocalLoss(num_classes=80)"
+    for name, options in OPTIONS.items():
+        shown = repr(FastFocalLoss(5, **options))
+        for option, value in options.items():
+            assert f"{option}=" in shown, name
+            if not isinstance(value, (torch.Tensor, list)):
+                assert f"{option}={value!r}" in shown
+        assert shown.count("=") == 1 + len(options)
+    assert "alpha=[0.1, 0.2, 0.3, 0.4, ...]" in repr(FastFocalLoss(5, **OPTIONS["alpha_list"]))
+    assert repr(FastFocalLossStar(3, beta=0.5)) == "FastFocalLossStar(num_classes=3, beta=0.5)"
+    shown = repr(FastFocalLoss(80, labels="torchvision"))
+    assert shown == "FastFocalLoss(num_classes=80, background_index=-1, ignore_index=-2)"
 
 
 def test_public_names() -> None:
