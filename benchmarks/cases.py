@@ -183,7 +183,11 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 # which fastfocal's tests hold it. 16 bit: the result is rounded once, by 2^-8 (bfloat16) or 2^-11 (float16) at most.
 LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8 + 2e-5, torch.float16: 2**-11 + 2e-5}
-_CHUNK_LOGITS = 2**17
+
+
+def chunk_logits(device: torch.device) -> int:
+    """How many are compared at once: on the CPU what stays in cache, on a GPU what keeps it busy."""
+    return 2**17 if device.type == "cpu" else 2**24
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class Answer:
 
 
 def answer(case: Case, inputs: Inputs) -> Answer:
-    """Piece by piece, in cache and on one thread: at once, autograd over the reference would take 200 bytes a logit."""
+    """Piece by piece, and on one thread of a CPU: at once, autograd over the reference would take 200 bytes a logit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,7 +213,7 @@ def answer(case: Case, inputs: Inputs) -> Answer:
 
 def _answer(case: Case, inputs: Inputs) -> Answer:
     pyramid = case.pyramid
-    chunk = max(1, _CHUNK_LOGITS // pyramid.classes)
+    chunk = max(1, chunk_logits(inputs.labels.device) // pyramid.classes)
     normalizer = float(max(1, inputs.positives))
     loss = 0.0
     gradients = []
@@ -251,7 +255,7 @@ def check(name: str, loss: Tensor, gradients: list[Tensor], case: Case, inputs: 
 def distance(got: Tensor, want: Tensor, chosen: Tensor, loss_scale: float) -> tuple[float, float]:
     """L2 norms of got / loss_scale - want and of want, (N, M, K), over the chosen anchors (N, M); a piece at a time."""
     error = expected = 0.0
-    anchors = max(1, _CHUNK_LOGITS // got.shape[2])
+    anchors = max(1, chunk_logits(got.device) // got.shape[2])
     for image in range(got.shape[0]):
         pieces = (t[image].split(anchors) for t in (got, want, chosen))
         for have, true, rows in zip(*pieces, strict=True):
