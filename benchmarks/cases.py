@@ -148,12 +148,12 @@ def lay_out(rows: Tensor, case: Case, cells: tuple[int, int]) -> Tensor:
 
 
 def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """The same values in every layout and, up to rounding, in every dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    """The same values in every layout and, up to rounding, in every dtype. Drawn where they are wanted: 1e9 take a while."""
+    generator = torch.Generator(device).manual_seed(seed)
     pyramid = case.pyramid
     anchors = sum(pyramid.level_anchors)
-    kind = torch.rand(pyramid.images, anchors, generator=generator)
-    labels = torch.randint(pyramid.classes, kind.shape, generator=generator)
+    kind = torch.rand(pyramid.images, anchors, generator=generator, device=device)
+    labels = torch.randint(pyramid.classes, kind.shape, generator=generator, device=device)
     if kind.numel() < 1000:
         kind[0, 0] = 0  # at least one positive
     labels[kind >= POSITIVE] = pyramid.classes
@@ -163,16 +163,17 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     levels: list[Tensor] = []
     soft: list[Tensor] = []
     for cells, of_level in zip(pyramid.cells, labels.split(pyramid.level_anchors, dim=1), strict=True):
-        rows = torch.randn(*of_level.shape, pyramid.classes, generator=generator).add_(LOGIT_MEAN).to(case.dtype)
-        levels.append(lay_out(rows, case, cells).to(device))
+        rows = torch.randn(*of_level.shape, pyramid.classes, generator=generator, device=device)
+        rows = rows.add_(LOGIT_MEAN).to(case.dtype)
+        levels.append(lay_out(rows, case, cells))
         if case.targets == "soft":  # as quality focal loss has them: a score in (0, 1) at each positive's class
             target = torch.zeros_like(rows)
             image, anchor = ((of_level >= 0) & (of_level < pyramid.classes)).nonzero(as_tuple=True)
-            score = torch.rand(len(image), generator=generator).to(case.dtype)
+            score = torch.rand(len(image), generator=generator, device=device).to(case.dtype)
             target[image, anchor, of_level[image, anchor]] = score
-            soft.append(lay_out(target, case, cells).to(device))
+            soft.append(lay_out(target, case, cells))
     weights = torch.ones(labels.shape if case.form == "weighted" else (0,), device=device)
-    return Inputs(levels, labels.to(device), soft or None, positives, weights)
+    return Inputs(levels, labels, soft or None, positives, weights)
 
 
 # --- the right answer ---------------------------------------------------------------------------------------------
