@@ -102,7 +102,7 @@ build() {
   run machine 60 bash -c 'nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv; nvcc --version | tail -n 2
     '"$python"' -c "import torch; print(\"torch\", torch.__version__)"; git log -1 --format="commit %H %s" 2>/dev/null; true'
   # Source lines for ncu in each call, so that none has to build anew.
-  FASTFOCAL_CUDA=1 FASTFOCAL_LINEINFO=1 TORCH_CUDA_ARCH_LIST=$arch run build 300 "$python" setup.py -q build_ext --inplace &&
+  FASTFOCAL_CUDA=1 FASTFOCAL_LINEINFO=1 TORCH_CUDA_ARCH_LIST=$arch run build 300 "$python" setup.py -q egg_info build_ext --inplace &&
     needs="'cuda_archs': \\['$arch'\\]" run built 120 "$python" -c "import fastfocal; print(fastfocal.build_info())"
 }
 

@@ -163,3 +163,60 @@ def test_line_numbers_for_a_profiler(tmp_path: Path, wish: str) -> None:
     (rules,) = project.rglob("build.ninja")
     (flags,) = [line for line in rules.read_text().splitlines() if line.startswith("cuda_flags = ")]
     assert ("-lineinfo" in flags.split()) == (wish == "1")
+
+
+# --- tests/matrix.sh, with stand-ins for python and pip ---------------------------------------------------------------
+
+# `python -m venv` makes a folder of further stand-ins, and `pip wheel` a wheel; $STAND_IN/called has what was called.
+STAND_IN = """
+name=$(basename "$0")
+echo "$name $*" | sed "s|$TMPDIR/[^ ]*/||g" >>"$STAND_IN/called"
+case "$name $*" in
+  *" -m venv "*) shift 2; mkdir -p "$1/bin"; for tool in pip python pytest; do cp "$0" "$1/bin/$tool"; done ;;
+  "pip wheel"*) while [ "$1" != -w ]; do shift; done; echo wheel >"$2/fastfocal-0-$RANDOM.whl" ;;
+  pytest*) echo "5 passed" ;;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("there", ["on_the_path", "pyenv", "broken_shim", "none"])
+def test_matrix(tmp_path: Path, there: str) -> None:
+    """Python 3.12's half is found where it is, and its absence said and counted as a failure."""
+    bin_folder, pyenv = tmp_path / "bin", tmp_path / "pyenv"
+    executable(bin_folder / "python3", STAND_IN)
+    if there == "on_the_path":
+        executable(bin_folder / "python3.12", STAND_IN)
+    elif there == "pyenv":
+        executable(pyenv / "versions" / "3.12.7" / "bin" / "python3", STAND_IN)
+    elif there == "broken_shim":
+        executable(bin_folder / "python3.12", "exit 127")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "matrix.sh", tmp_path / "tests")
+    tools = {
+        name: shutil.which(name)
+        for name in ("bash", "sed", "basename", "dirname", "mktemp", "mkdir", "cp", "rm", "tail")
+    }
+    for name, path in (tools | {"sha256sum": shutil.which("sha256sum"), "sh": shutil.which("sh")}).items():
+        assert path is not None
+        (bin_folder / name).symlink_to(path)
+    environment = {
+        "PATH": str(bin_folder),
+        "PYENV_ROOT": str(pyenv),
+        "STAND_IN": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [str(tools["bash"]), str(tmp_path / "tests" / "matrix.sh")], env=environment, capture_output=True, text=True
+    )
+    called = (tmp_path / "called").read_text().splitlines()
+    installed = [line.split()[3] for line in called if line.startswith("pip install -q torch")]
+    first = ["torch==2.13.0", "torch==2.10.0", "torch==2.11.0", "torch==2.13.0", "torch"]  # built against, run with
+    if there in ("on_the_path", "pyenv"):
+        assert done.returncode == 0, done.stderr
+        assert installed == [*first, "torch==2.11.0", "torch==2.11.0"]
+        assert done.stdout.count("5 passed") == 5 and sum(line.startswith("pip wheel") for line in called) == 2
+    else:
+        assert done.returncode == 1 and installed == first
+        assert done.stderr.splitlines()[-1] == "tests/matrix.sh: not run under Python 3.12, as there is none"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp.")]
