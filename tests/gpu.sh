@@ -65,9 +65,9 @@ attempt() {
           how="failed, no line matches $needs" rc=1
         fi
         ;;
-      124 | 137) how="failed, ended at its limit of $limit s" ;;
       *) how="failed, rc $rc" ;;
     esac
+    case $rc in 124 | 137) ((SECONDS - began < limit)) || how="failed, ended at its limit of $limit s" ;; esac
   fi
   printf '%-32s %s (%d s)\n' "$name:" "$how" $((SECONDS - began)) | tee "$state/$(printf '%03d' "$number")"
   return $rc
@@ -106,15 +106,12 @@ build() {
     needs="'cuda_archs': \\['$arch'\\]" run built 120 "$python" -c "import fastfocal; print(fastfocal.build_info())"
 }
 
-# The files that have tests for a GPU; those of host packages, of the demo and of this script are not even read.
-cuda_files() {
-  timeout -k 10 120 "$python" -m pytest -m cuda --collect-only -q -p no:cacheprovider tests --ignore-glob='*/test_compat_*' \
-    --ignore=tests/test_demo.py --ignore=tests/test_gpu_script.py | sed -n 's/^\(tests\/test_[^:]*\.py\):.*/\1/p' | sort -u
-}
-
 A() {
   build || return
   local pytest=("$python" -m pytest -m cuda -q --maxfail=5 --tb=short -p no:cacheprovider) file name
+  # Which files have tests for a GPU; those of host packages, of the demo and of this script are not even read.
+  run collect 120 "$python" -m pytest -m cuda --collect-only -q -p no:cacheprovider tests --ignore-glob='*/test_compat_*' \
+    --ignore=tests/test_demo.py --ignore=tests/test_gpu_script.py
   local needs='[1-9][0-9]* passed'
   export OMP_NUM_THREADS=2
   kernels() { ! wanted "kernels_$1" || start "kernels_$1" 300 "${pytest[@]}" tests/test_kernels.py -k "$2"; }
@@ -122,7 +119,7 @@ A() {
   kernels bfloat16 bfloat16
   kernels float16 "float16 and not bfloat16"
   kernels float64 float64
-  for file in $(cuda_files); do
+  for file in $(sed -n 's/^\(tests\/test_[^:]*\.py\):.*/\1/p' "$work/collect.txt" | sort -u); do
     name=$(basename "${file#tests/test_}" .py)
     [ "$name" = kernels ] || ! wanted "$name" || start "$name" 300 "${pytest[@]}" "$file"
   done

@@ -202,8 +202,13 @@ def captured(step: Callable[[], Result], device: torch.device) -> Callable[[], R
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            result = step()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # a capture that cannot be ended leaves its own
+        raise
 
     def replay() -> Result:
         graph.replay()

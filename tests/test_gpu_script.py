@@ -114,8 +114,15 @@ def test_all_is_well(tmp_path: Path) -> None:
     )
     for call in "ABCD":
         assert all(re.fullmatch(r"ok \(\d+ s\)", how) for how in run.steps(call).values()), run.printed
-    assert list(run.steps("A"))[:4] == ["machine", "build", "built", "kernels_float32"]
-    assert set(run.steps("A")) >= {"kernels_bfloat16", "kernels_float16", "kernels_float64", "labels", "cuda"}
+    assert list(run.steps("A"))[:4] == ["machine", "build", "built", "collect"]
+    assert set(run.steps("A")) >= {
+        "kernels_float32",
+        "kernels_bfloat16",
+        "kernels_float16",
+        "kernels_float64",
+        "labels",
+        "cuda",
+    }
     assert list(run.steps("B"))[3:6] == ["ncu_plain_contiguous", "ncu_plain_channels_last", "ncu_others"]
     assert len(run.steps("D")) == 3 + 4 * 5
     assert "| row | 1 ms |" in run.printed and "# Results\n" not in run.printed
@@ -206,7 +213,7 @@ def test_a_step_that_will_not_end_is_killed(tmp_path: Path) -> None:
 def test_some_steps_alone(tmp_path: Path) -> None:
     run = rehearse(tmp_path, "A", "C", "D", ONLY="bfloat16|huge|racecheck_other")
     always = ["machine", "build", "built"]
-    assert list(run.steps("A")) == [*always, "kernels_bfloat16"]
+    assert list(run.steps("A")) == [*always, "collect", "kernels_bfloat16"]
     assert list(run.steps("C")) == [*always, "huge", "report"]
     assert [n for n in run.steps("D") if n not in always] == [
         *["memcheck_bfloat16", "racecheck_bfloat16", "racecheck_other"],
@@ -263,6 +270,21 @@ def test_one_sentence(tmp_path: Path, calls: tuple[str, ...], environment: dict[
     run = rehearse(tmp_path, *calls, **environment)
     assert (run.rc, run.printed) == (rc, words)
     assert not run.out.exists()
+
+
+def test_a_file_that_does_not_import_is_a_failure(tmp_path: Path) -> None:
+    """The others run all the same."""
+    broken = "echo tests/test_labels.py::test_b; echo 'ERROR tests/test_star.py'; exit 2"
+    run = rehearse(tmp_path, "A", answers={"--collect-only": broken})
+    assert run.rc == 1 and run.steps("A")["collect"].startswith("failed, rc 2")
+    assert run.steps("A")["labels"].startswith("ok")
+    assert run.printed.endswith("ERROR tests/test_star.py\n")
+
+
+def test_killed_before_its_limit_is_no_limit(tmp_path: Path) -> None:
+    """As by the system, where memory is short."""
+    run = rehearse(tmp_path, "A", answers={"tests/test_labels.py": "kill -KILL $$"})
+    assert run.steps("A")["labels"].startswith("failed, rc 137")
 
 
 def test_sanitizer_sees_every_part(tmp_path: Path) -> None:
