@@ -15,6 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # setup.py is run here without pip, which would install what pyproject.toml asks for.
 pytest.importorskip("setuptools", minversion="77")
+needs_build_requirements = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("ninja", "pybind11")), reason="no ninja or no pybind11"
+)
 
 
 def build(folder: Path, *sources: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +100,7 @@ def fake_torch(folder: Path) -> Path:
     return folder
 
 
+@needs_build_requirements
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_pybind11_is_its_own(tmp_path: Path) -> None:
     """library.cpp, preprocessed with the flags of a build, sees pybind11's headers and not those that torch brings."""
@@ -130,6 +134,7 @@ def fake_nvcc(folder: Path) -> Path:
     return folder
 
 
+@needs_build_requirements
 @pytest.mark.parametrize(
     ("machine", "chosen", "archs"),
     [
@@ -152,6 +157,7 @@ def test_architectures(tmp_path: Path, machine: str, chosen: str, archs: str) ->
     assert flags == {arch.removesuffix("+PTX").replace(".", "") for arch in archs.split()}
 
 
+@needs_build_requirements
 @pytest.mark.parametrize("wish", ["", "0", "1", "yes"])
 def test_line_numbers_for_a_profiler(tmp_path: Path, wish: str) -> None:
     project = tmp_path / "project"
