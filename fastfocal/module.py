@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
@@ -40,6 +41,7 @@ class FastFocalLoss(nn.Module):
     """
 
     class_alpha: Tensor | None
+    _given_alpha: Tensor | None  # the values of class_alpha, where they were given
 
     def __init__(
         self,
@@ -65,8 +67,7 @@ class FastFocalLoss(nn.Module):
             name = "sync_normalizer" if sync_normalizer else "ema_momentum"
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
         arguments.check_normalizer(normalizer)
-        arguments.check_num_classes(num_classes)
-        self.num_classes = num_classes
+        self.num_classes = arguments.check_num_classes(num_classes)
         self.alpha = alpha
         self.gamma = gamma
         self.background_index = background_index
@@ -105,9 +106,18 @@ class FastFocalLoss(nn.Module):
     @alpha.setter
     def alpha(self, alpha: float | Sequence[float] | Tensor | None) -> None:
         self._alpha, per_class = arguments.split_alpha(alpha)
+        values = None if per_class is None else arguments.check_class_alpha(per_class, self.num_classes)
         # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
-        buffer = None if per_class is None else arguments.check_class_alpha(per_class, self.num_classes)
-        self.register_buffer("class_alpha", buffer, persistent=False)
+        if isinstance(values, tuple):
+            values = torch.tensor(values, dtype=torch.float64, device="cpu")
+        self.register_buffer("class_alpha", values, persistent=False)
+        self._given_alpha = values
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "alpha":  # nn.Module would make a parameter or a buffer of that name, where it is one
+            type(self).alpha.__set__(self, value)  # type: ignore[attr-defined]
+        else:
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     _make_formula: Callable[..., Formula] = staticmethod(plain_formula)
 
@@ -140,10 +150,11 @@ class FastFocalLoss(nn.Module):
         return self._of_checked
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
-        before = self.class_alpha
         super()._apply(fn, recurse)
-        if before is not None and self.class_alpha is not None and self.class_alpha.dtype != before.dtype:
-            self.class_alpha = before.to(self.class_alpha.device)
+        given, moved = self._given_alpha, self.class_alpha
+        if given is not None and moved is not None:
+            # From what was given: `fn` may cast, or hand back memory with nothing in it, as `to_empty` does.
+            self.class_alpha = given.to(moved.device, copy=True)
         return self
 
     def extra_repr(self) -> str:

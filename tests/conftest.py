@@ -20,7 +20,7 @@ def use_operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def use(namespace: str) -> None:
         if namespace not in registered:
-            fastfocal.ops.register_shapes(namespace)
+            fastfocal.registration.register(namespace)
             registered.add(namespace)
         monkeypatch.setattr(fastfocal.ops, "operators", getattr(torch.ops, namespace))
 
