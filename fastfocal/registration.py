@@ -131,12 +131,14 @@ class FocalLossDerivative(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: OperatorCall, options: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: OperatorCall, options: tuple[Any, ...], for_jvp: list[Any], *logits: Tensor
+    ) -> tuple[Tensor, ...]:
         losses, gradients = call(list(logits), *options)
         ctx.set_materialize_grads(False)
         ctx.operators, ctx.losses = getattr(torch.ops, call.namespace), len(losses)
         *_, ctx.reduction, made = options
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         ctx.gradients_made = bool(gradients) and all(got for got, need in zip(made, needed, strict=True) if need)
         if ctx.gradients_made:
             saved = gradients
@@ -145,7 +147,9 @@ class FocalLossDerivative(_SingleLevelFunction):
             ctx.options = without_tensors(options[:-1])
         ctx.kept = describe(saved, hooked=True)
         ctx.save_for_backward(*saved)
-        ctx.for_jvp = None if gradients else (list(logits), options)
+        ctx.for_jvp = for_jvp
+        if not gradients:
+            for_jvp += [list(logits), options]
         return (*losses, *gradients)
 
     @staticmethod
@@ -154,9 +158,9 @@ class FocalLossDerivative(_SingleLevelFunction):
         incoming, of_gradients = list(grad_outputs[: ctx.losses]), grad_outputs[ctx.losses :]
         if any(g is not None for g in of_gradients):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        needed = [int(need) for need in ctx.needs_input_grad[2:]]
+        needed = [int(need) for need in ctx.needs_input_grad[3:]]
         if all(g is None for g in incoming):
-            return (None, None, *[None] * len(needed))
+            return (None, None, None, *[None] * len(needed))
         for g in incoming:
             refuse_batched(g)
         saved = restore(ctx.saved_tensors, ctx.kept)
@@ -170,7 +174,7 @@ class FocalLossDerivative(_SingleLevelFunction):
             ]
         else:
             found = ctx.operators.scale_gradients(saved, incoming[0], ctx.reduction)
-        return (None, None, *(t if need else None for t, need in zip(found, needed, strict=True)))
+        return (None, None, None, *(t if need else None for t, need in zip(found, needed, strict=True)))
 
     @staticmethod
     def recomputed(ctx: Any, incoming: list[Tensor | None], saved: list[Tensor], needed: list[int]) -> list[Tensor]:
@@ -186,9 +190,9 @@ class FocalLossDerivative(_SingleLevelFunction):
 
     @staticmethod
     @torch._disable_dynamo
-    def jvp(ctx: Any, _call: None, _options: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _call: None, _options: None, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient, times the tangents of the logits."""
-        if ctx.for_jvp is None:
+        if not ctx.for_jvp:
             raise RuntimeError(NO_FORWARD_OVER_REVERSE)
         logits, (*options, reduction, _) = ctx.for_jvp
         dtype = accumulation_dtype(logits[0].dtype)
@@ -317,10 +321,9 @@ def differentiated_focal_loss(
 ) -> tuple[list[Tensor], list[Tensor]]:
     if call.grad_mode and any(t.requires_grad for t in tensors_of(options)):
         raise RuntimeError("fastfocal: targets, weights and divisors are not differentiated; detach() them")
-    results = FocalLossDerivative.apply(call, options, *logits)  # type: ignore[attr-defined]
-    node = results[0].grad_fn
-    if node is not None:
-        node.for_jvp = None  # has been called by now
+    for_jvp: list[Any] = []
+    results = FocalLossDerivative.apply(call, options, for_jvp, *logits)  # type: ignore[attr-defined]
+    for_jvp.clear()  # it has been called by now, and the node lives on
     losses = len(logits) if options[-2] == NONE else 1
     return list(results[:losses]), list(results[losses:])
 
