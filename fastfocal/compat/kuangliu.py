@@ -6,7 +6,8 @@
 
 Equivalent to loss.FocalLoss of that repository (2d7c663): smooth L1 over the boxes of positives plus focal loss star (gamma 2,
 beta 1, alpha 0.25), both divided by the number of positives. Targets: 0 is background, 1..K are classes, -1 is ignored. Two
-things differ, on purpose: a batch without positives is divided by 1 and not by 0, and nothing is printed at every step.
+things differ, on purpose: a batch without positives is divided by 1 and not by 0, and nothing is printed at every step. A label
+that is none of these is an error of the kernels, a ValueError on the CPU. As there, the loss is at least float32: targets are.
 """
 
 from __future__ import annotations
@@ -59,6 +60,9 @@ class FocalLoss(nn.Module):
 
         Returns:
             A 0-d tensor, (boxes + classes) / positives.
+
+        Raises:
+            ValueError: a label is outside -1..K (on CUDA: a device-side assertion).
         """
         positive = cls_targets > ZERO_BACKGROUND.background
         count = positive.sum().clamp(min=1)
