@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from precision import Precision, check, every_precision
+from precision import Precision, check, every_precision, large_logits
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", exc_type=Exception)
@@ -74,9 +74,8 @@ BOXES = {"number": 3, "0-d": torch.tensor(3.0), "one element": torch.tensor([3.0
 def test_precision_of_the_functions(precision: Precision, module: str, boxes: str, targets: str) -> None:
     """Their own dtype depends on the targets' and on how the number of boxes is given."""
     generator = torch.Generator().manual_seed(0)
-    # More than float16 has after the division: by all of it here, by the second dimension there.
-    shape = (2, 4000, 11) if module.endswith("grounding_dino") else (8000, 5, 11)
-    x = 4 * torch.randn(shape, generator=generator, dtype=torch.float64) + 6
+    shape = (1200, 2, 11)
+    x = large_logits(*shape, generator=generator)
     y = (torch.rand(shape, generator=generator) < 0.1).double()
     stock = importlib.import_module(module).sigmoid_focal_loss
     ours = compat._SWAPS[module]
@@ -96,17 +95,17 @@ BOXES_SHAPES = {name: tuple(torch.as_tensor(value).shape) for name, value in BOX
 def varifocal_problem() -> tuple[Tensor, Tensor, list[dict[str, Tensor]], list[tuple[Tensor, Tensor]]]:
     """Logits, boxes, targets, matches: overlaps of 1, 1/2 and 1/4, which every dtype has, and an image without objects."""
     generator = torch.Generator().manual_seed(1)
-    logits = 4 * torch.randn(2, 3000, 7, generator=generator, dtype=torch.float64) + 6
-    boxes = torch.full((2, 3000, 4), 0.5)
+    logits = large_logits(2, 400, 7, generator=generator)
+    boxes = torch.full((2, 400, 4), 0.5)
     corner = torch.tensor([0.25, 0.25, 0.5, 0.5])  # centre and size
-    boxes[0, [5, 17, 2000]] = corner
+    boxes[0, [5, 17, 200]] = corner
     matched = torch.stack([corner, torch.tensor([0.125, 0.25, 0.25, 0.5]), torch.tensor([0.125, 0.125, 0.25, 0.25])])
     targets = [
         {"class_labels": torch.tensor([2, 6, 0]), "boxes": matched},
         {"class_labels": torch.tensor([], dtype=torch.int64), "boxes": torch.zeros(0, 4)},
     ]
     nothing = torch.tensor([], dtype=torch.int64)
-    return logits, boxes, targets, [(torch.tensor([5, 17, 2000]), torch.tensor([2, 0, 1])), (nothing, nothing)]
+    return logits, boxes, targets, [(torch.tensor([5, 17, 200]), torch.tensor([2, 0, 1])), (nothing, nothing)]
 
 
 @pytest.mark.parametrize("boxes", BOXES)

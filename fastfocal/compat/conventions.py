@@ -78,6 +78,14 @@ def check_rows(name: str, labels: Tensor, num_classes: int) -> None:
     _raise_where(labels >= num_classes, name, labels, lambda row: f"row {row}", expected)
 
 
+def require(condition: Tensor, message: str) -> None:
+    """A ValueError, or a device-side assertion as above, where the 0-d tensor is False."""
+    if is_compiling() or condition.device.type != "cpu":
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
 def _range(first: int, num_classes: int) -> str:
     last = first + num_classes - 1
     classes = f"one of the classes {first}..{last}" if num_classes > 1 else f"{first}, the one class"
@@ -87,7 +95,7 @@ def _range(first: int, num_classes: int) -> str:
 def _raise_where(wrong: Tensor, name: str, labels: Tensor, place: Callable[[int], str], expected: str) -> None:
     """place: names what the label at an index belongs to."""
     if is_compiling() or wrong.device.type != "cpu":
-        torch._assert_async(~wrong.any(), f"{name}: a label is no class; expected {expected}")
+        require(~wrong.any(), f"{name}: a label is no class; expected {expected}")
     elif wrong.any():
         index = int(wrong.nonzero()[0])
         raise ValueError(f"{name}: {place(index)} has label {labels[index].item()}; expected {expected}")

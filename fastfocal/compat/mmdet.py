@@ -160,7 +160,7 @@ class OneCall:
         """As the head's own; `loss_cls` is the list of levels' losses, or the one of all, as the head has it."""
         check_loss(self)
         given = inspect.signature(super().loss_by_feat).bind(cls_scores, *rest, **options).arguments  # type: ignore[misc]
-        check_classes("gt_instances.labels", [x.labels for x in given["batch_gt_instances"]], self.num_classes)
+        check_classes("gt_instances.labels", [x.labels for x in given.get("batch_gt_instances", ())], self.num_classes)
         stock, channels, recorder = self.loss_cls, self.cls_out_channels, _Recorder()
         # The head assigns targets and computes the other losses; for the classes it sees one that takes no memory.
         blank = [x.new_zeros(()).expand(x.shape[0], x.shape[1] // channels, *x.shape[2:]) for x in cls_scores]

@@ -121,12 +121,18 @@ def varifocal_loss(
     labels[image, query] = classes
     # alpha 0 weighs a positive with 0 and a negative with 1.
     negatives = fastfocal.focal_loss(
-        logits, labels, alpha=0.0, gamma=criterion.gamma, detach_modulating_factor=True, normalizer=None
+        logits,
+        labels,
+        alpha=0.0,
+        gamma=criterion.gamma,
+        detach_modulating_factor=True,
+        normalizer=None,
+        loss_weight=criterion.alpha,
     )
     assert isinstance(negatives, Tensor)
     x, q = logits[image, query, classes].to(negatives.dtype), overlap.to(negatives.dtype)
     entropy = nn.functional.binary_cross_entropy_with_logits(x, q, reduction="none")
-    loss = criterion.alpha * negatives + (q * entropy).sum()
+    loss = negatives + (q * entropy).sum()
     return {"loss_vfl": _over(loss, num_boxes, entropy_dtype(logits, logits))}
 
 

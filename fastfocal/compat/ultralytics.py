@@ -25,7 +25,7 @@ from ultralytics.utils import loss as host
 
 import fastfocal
 from fastfocal.compat import swaps
-from fastfocal.compat.conventions import check_classes
+from fastfocal.compat.conventions import check_classes, require
 from fastfocal.functional import entropy_dtype
 
 Criterion = TypeVar("Criterion", bound=nn.Module)
@@ -76,7 +76,11 @@ class FastVarifocalLoss(host.VarifocalLoss):  # type: ignore[misc]
 
         Returns:
             A 0-d float32 tensor (float64 for float64 logits), under autocast and without.
+
+        Raises:
+            ValueError: a query has more than one class (on CUDA: a device-side assertion).
         """
+        require((label.sum(dim=-1) <= 1).all(), "label: expected one class a query at most, got several for one")
         has, k = label.max(dim=-1)
         labels = torch.where(has > 0, k, pred_score.shape[-1])
         # alpha 0 weighs a positive with 0 and a negative with 1.
@@ -85,13 +89,13 @@ class FastVarifocalLoss(host.VarifocalLoss):  # type: ignore[misc]
             labels.reshape(-1),
             alpha=0.0,
             gamma=self.gamma,
-            normalizer=None,
+            normalizer=float(max(1, pred_score.shape[1])),
+            loss_weight=self.alpha,
         )
         assert isinstance(negatives, Tensor)
         x, q = (t.gather(-1, k.unsqueeze(-1)).squeeze(-1).to(negatives.dtype) for t in (pred_score, gt_score))
         entropy = nn.functional.binary_cross_entropy_with_logits(x, q, reduction="none")
-        positives = (entropy * q * has).sum()
-        return (self.alpha * negatives + positives) / pred_score.shape[1]
+        return negatives + (entropy * q * has).sum() / pred_score.shape[1]
 
 
 def _check_batch(criterion: host_criterion.DETRLoss, batch: dict[str, Any]) -> None:
