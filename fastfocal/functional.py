@@ -445,7 +445,9 @@ def sigmoid_focal_loss(
         reduction: "none", "mean" (over the elements) or "sum".
 
     Returns:
-        A tensor of the dtype that inputs and targets promote to: of their shape for "none", 0-d for "mean" and "sum".
+        A tensor of the dtype that inputs and targets promote to, but float32 for 16 bits under autocast: of their shape for
+        "none", 0-d for "mean" and "sum". A sum or mean is computed in float32 or float64 and rounded once, to that dtype: in
+        float16, without autocast, one above 65504 is infinite, as torchvision's is.
 
     Raises:
         ValueError: alpha or reduction is not one of the above, with torchvision's words.
@@ -461,8 +463,10 @@ def sigmoid_focal_loss(
         raise TypeError(f"targets: expected floating numbers in [0, 1], got {targets.dtype}")
     if targets.shape != inputs.shape:
         raise ValueError(f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})")
-    dtype = torch.promote_types(inputs.dtype, targets.dtype)
-    inputs, targets = inputs.to(dtype), targets.to(dtype)
+    dtype = entropy_dtype(inputs, targets)
+    # 16-bit logits are read as they are where float32 sums come of them; elementwise losses have the dtype of what is read.
+    if reduction == "none" or dtype == torch.float64:
+        inputs = inputs.to(dtype)
     logits, soft = inputs, targets
     if inputs.dim() != 4:  # 4-D is read in place, channels_last too
         logits, soft = inputs.reshape(-1, 1), targets.reshape(-1, 1)
@@ -481,3 +485,15 @@ def sigmoid_focal_loss(
     if reduction == "mean" and inputs.numel() == 0:
         loss = loss * float("nan")
     return loss.to(dtype)
+
+
+def entropy_dtype(inputs: Tensor, targets: Tensor) -> torch.dtype:
+    """The dtype of a focal loss built on torch's binary_cross_entropy_with_logits.
+
+    It is what inputs and targets promote to, but float32 for 16 bits under autocast, which computes that function in float32.
+    """
+    dtype = torch.promote_types(inputs.dtype, targets.dtype)
+    device = inputs.device.type
+    if dtype.itemsize == 2 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.float32
+    return dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_IGNORE_INDEX = -1
+NOTHING_IGNORED = -(2**63)  # no label is: for hosts without such a thing
 
 
 class Convention(NamedTuple):
@@ -90,9 +91,12 @@ def describe_bad_label(
     level, image, at, label = found
     name = "targets" if together else f"targets[{level}]"
     first = 1 if background == 0 else 0
+    others = f", background_index {background} or ignore_index {ignored}"
+    if ignored == NOTHING_IGNORED:
+        others = f" or background_index {background}"
     message = (
         f"{name}: label {label} at {list(at)} (level {level}, image {image}); expected one of the classes "
-        f"{first}..{num_classes - 1 + first}, background_index {background} or ignore_index {ignored}"
+        f"{first}..{num_classes - 1 + first}{others}"
     )
     fitting = [
         f'labels="{preset}" takes it for {what}'
