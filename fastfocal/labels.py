@@ -98,13 +98,13 @@ def describe_bad_label(
         f"{name}: label {label} at {list(at)} (level {level}, image {image}); expected one of the classes "
         f"{first}..{num_classes - 1 + first}{others}"
     )
-    fitting = [
-        f'labels="{preset}" takes it for {what}'
-        for preset, convention in CONVENTIONS.items()
-        if (what := meaning(label, convention, num_classes)) is not None
-        and (background, ignored) != (num_classes if convention[0] is None else convention[0], convention[1])
-    ]
-    return message + (f". {'; '.join(fitting)}" if fitting else "")
+    by_meaning: dict[str, list[str]] = {}
+    for preset, convention in CONVENTIONS.items():
+        what = meaning(label, convention, num_classes)
+        if what is not None:
+            by_meaning.setdefault(what, []).append(f'"{preset}"')
+    fitting = "; ".join(f"{what} by labels={' or '.join(presets)}" for what, presets in by_meaning.items())
+    return message + (f". It is {fitting}" if fitting else "")
 
 
 class NoBackground:

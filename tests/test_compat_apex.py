@@ -86,13 +86,13 @@ def test_a_label_that_is_no_class(label: int) -> None:
     """Padded classes are none."""
     x, y = problem(8)
     y[1, 2, 3, 4] = label
-    with pytest.raises(ValueError, match=rf"label {label} at image 0, anchor 301; expected one of the classes 0\.\.5"):
+    with pytest.raises(ValueError, match=rf"label {label} at \[301\] .*; expected one of the classes 0\.\.5"):
         apex.focal_loss(x, y, torch.tensor(1.0), 6, 0.25, 2.0)
 
 
 def test_one_class_labelled_1() -> None:
     x, y = problem(1)
-    with pytest.raises(ValueError, match=r"label 1 at image 0, anchor \d+; expected one of the classes 0\.\.0"):
+    with pytest.raises(ValueError, match=r"label 1 at \[\d+\] .*; expected one of the classes 0\.\.0"):
         apex.focal_loss(x, y.clamp(0, 1), torch.tensor(1.0), 1, 0.25, 2.0)
 
 

@@ -107,7 +107,8 @@ def test_an_anchor_label_that_is_none(label: int) -> None:
     logits, boxes, labels, *rest = batch(torch.float32)
     labels[1][1, 2, 0, 3] = label
     with pytest.raises(
-        ValueError, match=rf"targets\[1\]: label {label} at image 1, anchor 57; expected .*0\.\.{CLASSES - 1}"
+        ValueError,
+        match=rf"targets\[1\]: label {label} at \[1, 2, 0, 3\] \(level 1, image 1\); expected .*0\.\.{CLASSES - 1}",
     ):
         compat.FastDetectionLoss(config())(logits, boxes, labels, *rest)
 

@@ -76,9 +76,7 @@ def test_two_labels_are_background(weighted: bool) -> None:
 def test_a_label_that_is_neither_class_nor_background(label: int, weighted: bool) -> None:
     x, t, weight = problem()
     t[3] = label
-    with pytest.raises(
-        ValueError, match=rf"label {label} at image 0, anchor 3; expected one of the classes 0\.\.{CLASSES - 1}"
-    ):
+    with pytest.raises(ValueError, match=rf"label {label} at \[3\] .*; expected one of the classes 0\.\.{CLASSES - 1}"):
         mmcv.sigmoid_focal_loss(x, t, weight=weight if weighted else None)
 
 
