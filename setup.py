@@ -4,6 +4,7 @@ Switches, all environment variables:
   FASTFOCAL_CUDA=0|1     0: no CUDA; 1: fail where it cannot be compiled. Default: CUDA if nvcc is found.
   TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX"; default: every architecture below that nvcc knows, and PTX of the newest.
   CUDA_HOME, CXX, MAX_JOBS, NVCC_APPEND_FLAGS   as usual.
+  FASTFOCAL_CXXFLAGS     more flags for the C++ compiler and the linker, after ours: "-O1", "-fsanitize=address".
 
 Only torch's stable ABI is used: its headers, and the C symbols of libtorch_cpu, which every build of torch has. So the torch
 of the environment that is being installed into will do, even from within pip's isolated build. It is not imported.
@@ -202,6 +203,8 @@ class NinjaBuild(build_ext):
             "-Wextra",
             "-Wno-unknown-pragmas",
         ]
+        more = shlex.split(os.environ.get("FASTFOCAL_CXXFLAGS", ""))
+        cflags += more
         facts = [
             f'-DFASTFOCAL_TORCH_VERSION="{built_for}"',
             f'-DFASTFOCAL_CUDA_VERSION="{cuda.version}"',
@@ -261,7 +264,7 @@ class NinjaBuild(build_ext):
                 fail(f"libcudart_static.a was not found in {cuda.libraries}; install the CUDA runtime's static library")
             ldflags += [str(static), "-lrt", "-lpthread"]
         rules.append(f"build {ninja_path(out)}: link {' '.join(ninja_path(o) for o in objects)}")
-        rules.append(f"  ldflags = {shell(ldflags)}")
+        rules.append(f"  ldflags = {shell([*ldflags, *more])}")
         (work / "build.ninja").write_text("\n".join(rules) + "\n")
 
         command = [ninja_command(), "-C", str(work), "-f", "build.ninja"]
