@@ -126,8 +126,8 @@ class Expected:
     grads: list[Array]  # of the summed loss, one per level
     magnitudes: list[Array]  # of the gradient's terms: its scale where they cancel
     positives: Array  # (N,)
-    sizes: Any  # as loss, of the terms' magnitudes: weights may have either sign
-    factors: list[Array]  # what each logit's bare term is multiplied by, alpha aside
+    sizes: Any = None  # as loss, of the terms' magnitudes: weights may have either sign
+    factors: Sequence[Array] = ()  # what each logit's bare term is multiplied by, alpha aside
 
 
 def _indices(shape: tuple[int, ...], classes: int) -> tuple[Array, Array, Array, int]:
