@@ -194,14 +194,14 @@ def all_mutants() -> dict[str, list[Mutant]]:
     return found
 
 
-def sample(seed: int) -> Iterator[Mutant]:
-    """Two of csrc/ for each of fastfocal/, each file as likely as its sites are many."""
+def sample(seed: int, kind: str) -> Iterator[Mutant]:
+    """Two of csrc/ for each of fastfocal/, each file as likely as its sites are many; or of one of them alone."""
     found = all_mutants()
     for mutants in found.values():
         random.Random(seed).shuffle(mutants)
     cpp, python = iter(found["csrc"]), iter(found["fastfocal"])
     while True:
-        for source in (cpp, cpp, python):
+        for source in {"csrc": (cpp,), "fastfocal": (python,)}.get(kind, (cpp, cpp, python)):
             mutant = next(source, None)
             if mutant is None:
                 return
@@ -242,11 +242,10 @@ def capabilities() -> list[str]:
     return sets[command(["-c", code]).stdout.split()[-1]]
 
 
-def prepare() -> tuple[list[str], list[str]]:
-    """A fresh copy of the sources, built; the tests that fail without a mistake, and the instruction sets."""
-    if TREE.exists():
-        for name in ("csrc", "fastfocal", "tests"):
-            shutil.rmtree(TREE / name)
+def prepare() -> list[str]:
+    """A fresh copy of the sources, built; the instruction sets of this processor."""
+    for name in ("csrc", "fastfocal", "tests"):
+        shutil.rmtree(TREE / name, ignore_errors=True)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.split():
         target = TREE / name
@@ -255,18 +254,30 @@ def prepare() -> tuple[list[str], list[str]]:
             shutil.copy2(ROOT / name, target)
     if not build():
         sys.exit("the sources do not build without a mistake")
-    failing = set()
-    for names, capability in ((KERNEL_TESTS, "default"), (list(dict.fromkeys(KERNEL_TESTS + PYTHON_TESTS)), "")):
+    return capabilities()
+
+
+def failing(names: list[str], capability: str, log: Path) -> list[str]:
+    """The tests that fail without a mistake, which say nothing of one; found once."""
+    known = json.loads(log.read_text()) if log.exists() else {}
+    key = f"{capability} {' '.join(names)}"
+    if key not in known:
         said = run_tests(names, [], capability).stdout
-        failing |= set(re.findall(r"^(?:FAILED|ERROR) (\S+?\.py::.+?)(?: - .*)?$", said, flags=re.M))
-    for test in sorted(failing):
-        print("fails without a mistake, and is left out:", test)
-    return sorted(failing), capabilities()
+        known[key] = sorted(set(re.findall(r"^(?:FAILED|ERROR) (\S+?\.py::.+?)(?: - .*)?$", said, flags=re.M)))
+        log.write_text(json.dumps(known, indent=1))
+        print(
+            f"{len(known[key])} tests fail without a mistake ({capability or 'any'}), and are left out: see {log}",
+            flush=True,
+        )
+    return list(known[key])
 
 
-def try_mutant(mutant: Mutant, failing: list[str], isas: list[str]) -> dict[str, object]:
+def try_mutant(mutant: Mutant, isas: list[str], baseline: Path) -> dict[str, object]:
     path = TREE / mutant.file
     text = path.read_text()
+    several = path.name in BY_INSTRUCTION_SET
+    names = PYTHON_TESTS if path.suffix == ".py" else KERNEL_TESTS
+    runs = [(isa, failing(names, isa, baseline)) for isa in (isas if several else isas[:1])]
     assert text[mutant.start : mutant.start + len(mutant.before)] == mutant.before
     after = mutant.after
     if after == "swapped(":  # select(m, a, b) with a and b the other way round
@@ -274,15 +285,10 @@ def try_mutant(mutant: Mutant, failing: list[str], isas: list[str]) -> dict[str,
     path.write_text(text[: mutant.start] + after + text[mutant.start + len(mutant.before) :])
     result: dict[str, object] = {**asdict(mutant), "key": mutant.key, "by": None}
     try:
-        if mutant.file.endswith(".py"):
-            runs = [(PYTHON_TESTS, "")]
-        else:
-            if not build():
-                return {**result, "status": "does not compile"}
-            several = path.name in BY_INSTRUCTION_SET
-            runs = [(KERNEL_TESTS, isa) for isa in (isas if several else isas[:1])]
-        for names, capability in runs:
-            done = run_tests(names, failing, capability, "-x")
+        if path.suffix != ".py" and not build():
+            return {**result, "status": "does not compile"}
+        for isa, left_out in runs:
+            done = run_tests(names, left_out, isa, "-x")
             if done.returncode != 0:
                 by = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.M)
                 return {**result, "status": "found", "by": by[0] if by else done.stdout.strip().splitlines()[-1]}
@@ -317,20 +323,20 @@ def main() -> None:
         [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "fastfocal").glob("*.py"), *(ROOT / "tests").glob("*.py")]
     )
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sources if path.suffix != ".so")).hexdigest()[:12]
-    log = WORK / f"results-{state}-{arguments.seed}.jsonl"
+    log = WORK / f"results-{state}-{arguments.seed}{arguments.kind}.jsonl"
     WORK.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not arguments.table:
-        failing, isas = prepare()
+        isas, baseline = prepare(), WORK / f"baseline-{state}.json"
         known = {r["key"] for r in results}
         done = sum(r["status"] != "does not compile" for r in results)
         with tqdm(total=arguments.mutants, initial=done, unit=" mutants", mininterval=1) as bar:
-            for mutant in sample(arguments.seed):
+            for mutant in sample(arguments.seed, arguments.kind):
                 if bar.n >= arguments.mutants:
                     break
                 if mutant.key in known or not re.search(arguments.only, str(mutant)):
                     continue
-                result = try_mutant(mutant, failing, isas)
+                result = try_mutant(mutant, isas, baseline)
                 results.append(result)
                 with log.open("a") as file:
                     file.write(json.dumps(result) + "\n")
