@@ -25,7 +25,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = (ROOT / "VERSION").read_text().strip()
+VERSION = re.findall(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)[0]
 TORCH_MINIMUM = (2, 10)
 TARGET = "0x020A000000000000"  # the stable ABI of torch 2.10
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
@@ -192,10 +192,13 @@ class NinjaBuild(build_ext):
         # -isystem: warnings are for our own code.
         common = [flag for path in includes for flag in ("-isystem", str(path))]
         common += [f"-DTORCH_TARGET_VERSION={TARGET}"]
+        # Files are named in errors: by where they lie in the sources and in torch, not by where these lie on this machine.
+        renamed = [f"-ffile-prefix-map={ROOT}=fastfocal", f"-ffile-prefix-map={torch}=torch"]
         debug = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
         cflags = [
             *common,
             *debug,
+            *renamed,
             "-std=c++17",
             "-fPIC",
             "-fvisibility=hidden",
@@ -225,6 +228,7 @@ class NinjaBuild(build_ext):
         if cuda:
             # NDEBUG stays undefined: label errors are device-side assertions.
             flags = [*common, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+            flags += [f"-Xcompiler={flag}" for flag in renamed]
             flags += ["--threads=1", *gencode(cuda.archs)]
             rules += [
                 f"nvcc = {cuda.nvcc}",

@@ -17,7 +17,7 @@ pytest.importorskip("setuptools", minversion="77")
 
 def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_ext` on a copy that has no sources: it must stop before it compiles."""
-    for name in ("setup.py", "pyproject.toml", "VERSION", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder)
     for package in ("fastfocal", "fastfocal/demo"):
         (folder / package).mkdir()
