@@ -15,7 +15,7 @@ library() { readlink -f "$("$cxx" -print-file-name="$1")"; }
 build() {
   local folder=$root/build/sanitize/$1
   rm -rf "$folder/lib" && mkdir -p "$folder/lib/fastfocal"
-  FASTFOCAL_CUDA=0 FASTFOCAL_CXXFLAGS="$2 -O1 -g1 -fno-omit-frame-pointer" "$python" setup.py -q build_ext \
+  FASTFOCAL_CUDA=0 FASTFOCAL_CXXFLAGS="$2 -O1 -g1 -fno-omit-frame-pointer -w" "$python" setup.py -q build_ext \
     --build-lib "$folder/lib" --build-temp "$folder/objects"
   for path in "$root"/fastfocal/*; do
     case $path in *.so) ;; *) ln -s "$path" "$folder/lib/fastfocal/" ;; esac
@@ -28,9 +28,9 @@ check() {
     "import fastfocal._C as c; assert 'build/sanitize/$variant' in c.__file__, c.__file__")
 }
 
-# pytest from elsewhere, so that the checkout's own package is not the one that is imported
+# pytest from elsewhere, so that the checkout's own package is not the one that is imported; it must not catch a report
 tests() {
-  (cd "$root/build/sanitize/$variant" && "$python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" \
+  (cd "$root/build/sanitize/$variant" && "$python" -m pytest -q --capture=sys -p no:cacheprovider -c "$root/pyproject.toml" \
     --rootdir "$root" "${@/#tests\//$root/tests/}")
 }
 
