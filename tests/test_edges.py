@@ -212,3 +212,14 @@ def test_incoming_gradient_expanded_along_some_axes(
         bound = tolerance(dtype, 2.0) * expected.magnitudes[level]
         saved = Interval.around(expected.grads[level], bound, dtype, rounded=mode != "recompute")
         saved.times(factor).assert_holds(g, f"gradient of level {level}")
+
+
+# --- a normalizer on another device -----------------------------------------------------------------------------------
+
+
+def test_only_one_number_may_be_a_normalizer_from_another_device() -> None:
+    """A number on the CPU for logits elsewhere is ordinary in torch; a tensor of them is a mistake. The meta device will do."""
+    x, y = torch.zeros(2, 3, 4, 5, device="meta"), torch.zeros(2, 20, dtype=torch.int64, device="meta")
+    assert fastfocal.focal_loss(x, y, num_classes=3, normalizer=torch.tensor(2.0)).device.type == "meta"
+    with pytest.raises(ValueError, match=r"^normalizer: expected the logits' device, meta, got cpu"):
+        fastfocal.focal_loss(x, y, num_classes=3, normalizer=torch.ones(2))
