@@ -3,6 +3,7 @@
 Switches, all environment variables:
   FASTFOCAL_CUDA=0|1     0: no CUDA; 1: fail where it cannot be compiled. Default: CUDA if nvcc is found.
   TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX"; default: every architecture below that nvcc knows, and PTX of the newest.
+  FASTFOCAL_LINEINFO=1   source lines in the CUDA code, for profilers; the machine code is the same.
   CUDA_HOME, CXX, MAX_JOBS, NVCC_APPEND_FLAGS   as usual.
   FASTFOCAL_CXXFLAGS     more flags for the C++ compiler and the linker, after ours: "-O1", "-fsanitize=address".
 
@@ -28,7 +29,8 @@ ROOT = Path(__file__).resolve().parent
 VERSION = re.findall(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)[0]
 TORCH_MINIMUM = (2, 10)
 TARGET = "0x020A000000000000"  # the stable ABI of torch 2.10
-DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
+AARCH64_ARCHS = ["8.7"]  # Orin: there is no card of it for other machines
 X86_FLAGS = {
     # GCC 12's own AVX-512 headers warn about the undefined operand they mean (its bug 105593).
     "focal_loss_avx512.cpp": [
@@ -41,6 +43,14 @@ X86_FLAGS = {
 
 def fail(message: str) -> None:
     sys.exit(f"fastfocal: {message}")
+
+
+def switch(name: str) -> str:
+    """An environment variable that is "0", "1" or not set ("")."""
+    wish = os.environ.get(name, "")
+    if wish not in ("", "0", "1"):
+        fail(f"{name}: expected 0 or 1, got {wish!r}")
+    return wish
 
 
 # torch ----------------------------------------------------------------------------------------------------------------
@@ -121,7 +131,8 @@ def cuda_archs(known: set[str]) -> list[str]:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
                 fail(f"TORCH_CUDA_ARCH_LIST: {arch!r} is no compute capability such as 8.6 or 9.0+PTX")
         return archs
-    archs = [a for a in DEFAULT_ARCHS if a in known]
+    wanted = DEFAULT_ARCHS + (AARCH64_ARCHS if platform.machine() == "aarch64" else [])
+    archs = sorted((a for a in wanted if a in known), key=float)
     if archs:
         archs[-1] += "+PTX"
     return archs
@@ -141,9 +152,8 @@ class Cuda:
     """What was decided about CUDA, once: nvcc, its version and the architectures; falsy without CUDA."""
 
     def __init__(self) -> None:
-        wish = os.environ.get("FASTFOCAL_CUDA", "")
-        if wish not in ("", "0", "1"):
-            fail(f"FASTFOCAL_CUDA: expected 0 or 1, got {wish!r}")
+        wish = switch("FASTFOCAL_CUDA")
+        self.lineinfo = switch("FASTFOCAL_LINEINFO") == "1"
         self.nvcc = None if wish == "0" else find_nvcc()
         self.version, self.archs = "", []
         if wish == "1" and self.nvcc is None:
@@ -183,11 +193,12 @@ class NinjaBuild(build_ext):
         # pip's isolated build has its packages in another folder each time. Named by version here, an unchanged command line
         # lets ninja keep what is compiled.
         torch_include = versioned_link(work, f"torch-{built_for}", torch / "include")
+        # pybind11's own headers first: torch brings a copy, which from 2.11 on refuses TORCH_TARGET_VERSION.
         includes = [
+            versioned_link(work, f"pybind11-{pybind11.__version__}", Path(pybind11.get_include())),
             torch_include,
             torch_include / "torch" / "csrc" / "api" / "include",
             Path(sysconfig.get_path("include")),
-            versioned_link(work, f"pybind11-{pybind11.__version__}", Path(pybind11.get_include())),
         ]
         # -isystem: warnings are for our own code.
         common = [flag for path in includes for flag in ("-isystem", str(path))]
@@ -229,7 +240,7 @@ class NinjaBuild(build_ext):
             # NDEBUG stays undefined: label errors are device-side assertions.
             flags = [*common, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
             flags += [f"-Xcompiler={flag}" for flag in renamed]
-            flags += ["--threads=1", *gencode(cuda.archs)]
+            flags += ["--threads=1", *(["-lineinfo"] if cuda.lineinfo else []), *gencode(cuda.archs)]
             rules += [
                 f"nvcc = {cuda.nvcc}",
                 f"cuda_flags = {shell(flags)}",

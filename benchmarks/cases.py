@@ -148,12 +148,12 @@ def lay_out(rows: Tensor, case: Case, cells: tuple[int, int]) -> Tensor:
 
 
 def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """The same values in every layout and, up to rounding, in every dtype."""
-    generator = torch.Generator().manual_seed(seed)
+    """The same values in every layout and, up to rounding, in every dtype. Drawn where they are wanted: 1e9 take a while."""
+    generator = torch.Generator(device).manual_seed(seed)
     pyramid = case.pyramid
     anchors = sum(pyramid.level_anchors)
-    kind = torch.rand(pyramid.images, anchors, generator=generator)
-    labels = torch.randint(pyramid.classes, kind.shape, generator=generator)
+    kind = torch.rand(pyramid.images, anchors, generator=generator, device=device)
+    labels = torch.randint(pyramid.classes, kind.shape, generator=generator, device=device)
     if kind.numel() < 1000:
         kind[0, 0] = 0  # at least one positive
     labels[kind >= POSITIVE] = pyramid.classes
@@ -163,16 +163,17 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     levels: list[Tensor] = []
     soft: list[Tensor] = []
     for cells, of_level in zip(pyramid.cells, labels.split(pyramid.level_anchors, dim=1), strict=True):
-        rows = torch.randn(*of_level.shape, pyramid.classes, generator=generator).add_(LOGIT_MEAN).to(case.dtype)
-        levels.append(lay_out(rows, case, cells).to(device))
+        rows = torch.randn(*of_level.shape, pyramid.classes, generator=generator, device=device)
+        rows = rows.add_(LOGIT_MEAN).to(case.dtype)
+        levels.append(lay_out(rows, case, cells))
         if case.targets == "soft":  # as quality focal loss has them: a score in (0, 1) at each positive's class
             target = torch.zeros_like(rows)
             image, anchor = ((of_level >= 0) & (of_level < pyramid.classes)).nonzero(as_tuple=True)
-            score = torch.rand(len(image), generator=generator).to(case.dtype)
+            score = torch.rand(len(image), generator=generator, device=device).to(case.dtype)
             target[image, anchor, of_level[image, anchor]] = score
-            soft.append(lay_out(target, case, cells).to(device))
+            soft.append(lay_out(target, case, cells))
     weights = torch.ones(labels.shape if case.form == "weighted" else (0,), device=device)
-    return Inputs(levels, labels.to(device), soft or None, positives, weights)
+    return Inputs(levels, labels, soft or None, positives, weights)
 
 
 # --- the right answer ---------------------------------------------------------------------------------------------
@@ -183,7 +184,11 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 # which fastfocal's tests hold it. 16 bit: the result is rounded once, by 2^-8 (bfloat16) or 2^-11 (float16) at most.
 LOSS_TOLERANCE = 2e-5
 GRADIENT_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-8 + 2e-5, torch.float16: 2**-11 + 2e-5}
-_CHUNK_LOGITS = 2**17
+
+
+def chunk_logits(device: torch.device) -> int:
+    """How many are compared at once: on the CPU what stays in cache, on a GPU what keeps it busy."""
+    return 2**17 if device.type == "cpu" else 2**24
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class Answer:
 
 
 def answer(case: Case, inputs: Inputs) -> Answer:
-    """Piece by piece, in cache and on one thread: at once, autograd over the reference would take 200 bytes a logit."""
+    """Piece by piece, and on one thread of a CPU: at once, autograd over the reference would take 200 bytes a logit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,7 +214,7 @@ def answer(case: Case, inputs: Inputs) -> Answer:
 
 def _answer(case: Case, inputs: Inputs) -> Answer:
     pyramid = case.pyramid
-    chunk = max(1, _CHUNK_LOGITS // pyramid.classes)
+    chunk = max(1, chunk_logits(inputs.labels.device) // pyramid.classes)
     normalizer = float(max(1, inputs.positives))
     loss = 0.0
     gradients = []
@@ -251,7 +256,7 @@ def check(name: str, loss: Tensor, gradients: list[Tensor], case: Case, inputs: 
 def distance(got: Tensor, want: Tensor, chosen: Tensor, loss_scale: float) -> tuple[float, float]:
     """L2 norms of got / loss_scale - want and of want, (N, M, K), over the chosen anchors (N, M); a piece at a time."""
     error = expected = 0.0
-    anchors = max(1, _CHUNK_LOGITS // got.shape[2])
+    anchors = max(1, chunk_logits(got.device) // got.shape[2])
     for image in range(got.shape[0]):
         pieces = (t[image].split(anchors) for t in (got, want, chosen))
         for have, true, rows in zip(*pieces, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 from typing import Any
 
 import pytest
@@ -25,6 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # testpaths names both folders, so that this file is read: `pytest` runs the tests, `pytest --benchmark-only` these.
     if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args[:] = ["benchmarks" if config.getoption("benchmark_only", False) else "tests"]
+    if config.getoption("benchmark_only", False):
+        # Ended by `timeout`, a run still saves what it has measured, as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

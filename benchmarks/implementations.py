@@ -372,6 +372,8 @@ def rows_of(case: Case, every: bool, cuda: bool) -> Iterable[Row]:
             continue
         if row.only_labels and (case.targets != "labels" or case.dtype in LOSS_SCALE):
             continue
+        if row.name == "compile_per_level_max_autotune" and not (main or every):  # a minute of tuning each
+            continue
         if row.name == "mul_" and case.grad_mode != "inplace":
             continue
         if row.name == "copy_into" and case.section in ("scaling", "levels"):

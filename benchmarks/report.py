@@ -1,7 +1,7 @@
 """A table and plots from what pytest-benchmark saved.
 
 pytest --benchmark-only --benchmark-json=saved.json
-python -m benchmarks.report saved.json [--out benchmarks/results]
+python -m benchmarks.report saved.json [more.json ...] [--out benchmarks/results]
 """
 
 from __future__ import annotations
@@ -57,6 +57,11 @@ class Result:
         return self.info["bytes_moved"] / self.seconds / 1e9
 
     @property
+    def host_seconds(self) -> float | None:
+        """Of the host for a call, on a GPU, where `seconds` are the device's."""
+        return self.info.get("host_seconds")
+
+    @property
     def extra_mib(self) -> float | None:
         extra = self.info["peak_extra_bytes"]
         return None if extra is None else extra / 2**20
@@ -107,8 +112,13 @@ class Report:
         return f"{where} · torch {facts['torch']} · fastfocal {facts['version']} · commit {self.commit} · {self.date}"
 
 
-def load(path: Path) -> Report:
-    saved = json.loads(path.read_text())
+def load(paths: list[Path]) -> Report:
+    """One run, or several on the same machine; the facts are the first one's."""
+    runs = [json.loads(path.read_text()) for path in paths]
+    machines = {run["machine_info"]["fastfocal"]["gpu"] or run["machine_info"]["fastfocal"]["cpu_name"] for run in runs}
+    if len(machines) > 1:
+        raise SystemExit(f"these runs are of different machines: {', '.join(sorted(machines))}")
+    saved = runs[0]
     results = [
         Result(
             bench["group"],
@@ -118,7 +128,8 @@ def load(path: Path) -> Report:
             bench["stats"]["rounds"],
             bench["extra_info"],
         )
-        for bench in saved["benchmarks"]
+        for run in runs
+        for bench in run["benchmarks"]
         if "row" in bench["extra_info"]
     ]
     commit = saved["commit_info"]
@@ -143,16 +154,19 @@ def ratio_text(ratio: float | None) -> str:
 
 
 def table(report: Report, results: list[Result]) -> Iterator[str]:
-    yield "| implementation | time | x copy | faster than eager | GB/s | peak extra MiB |"
-    yield "|---|--:|--:|--:|--:|--:|"
+    on_device = any(r.host_seconds is not None for r in results)
+    host = " host |" if on_device else ""
+    yield f"| implementation | time |{host} x copy | faster than eager | GB/s | peak extra MiB |"
+    yield f"|---|--:|{'--:|' if on_device else ''}--:|--:|--:|--:|"
     for r in sorted(results, key=lambda r: r.seconds):
         name = f"**{r.label}**" if r.row == "fastfocal" else r.label
-        mark = " ~" if r.spread > NOISY else ""
+        mark = (" ~" if r.spread > NOISY else "") + (" h" if r.info.get("host_bound") else "")
         memory = "" if r.extra_mib is None else f"{r.extra_mib:.4g}" if r.extra_mib >= 1 else f"{r.extra_mib:.2f}"
         faster = ratio_text(report.eagers(r))
         cells = [
             name,
             time_text(r.seconds) + mark,
+            *([time_text(r.host_seconds) if r.host_seconds else ""] if on_device else []),
             ratio_text(report.copies(r)),
             faster,
             f"{r.gigabytes_per_second:.3g}",
@@ -177,6 +191,9 @@ def markdown(report: Report, pictures: list[str]) -> Iterator[str]:
     if facts["load_average"] is not None:
         yield f"* load average at the end of the run: {facts['load_average']:.1f}"
     yield "\nMedians; `~` marks an interquartile range above a fifth of the median. See ../README.md for the method.\n"
+    if facts["gpu"]:
+        yield "Times are the GPU's; `host` is what a call takes of the host, which goes on meanwhile. `h` marks rows with more"
+        yield "kernels than can be enqueued beforehand: there the GPU may have waited for the host.\n"
     for picture in pictures:
         yield f"![{picture.removesuffix('.png')}]({picture})\n"
     for group, results in report.groups("main", "large", "small", "scaling", "levels").items():
@@ -333,12 +350,12 @@ def save(figure: Any, path: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("saved", type=Path, help="a file that pytest --benchmark-json wrote")
+    parser.add_argument("saved", type=Path, nargs="+", help="files that pytest --benchmark-json wrote")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
     report = load(arguments.saved)
     if not report.results:
-        parser.error(f"{arguments.saved} has no results of these benchmarks")
+        parser.error(f"{', '.join(map(str, arguments.saved))}: no results of these benchmarks")
     arguments.out.mkdir(parents=True, exist_ok=True)
     plots = (plot_times, plot_cases, plot_scaling, plot_memory)
     paths = [path for plot in plots if (path := plot(report, arguments.out)) is not None]

@@ -15,12 +15,16 @@ from benchmarks import cases
 from benchmarks.cases import Case, Inputs
 from benchmarks.implementations import ROWS, Copy, Row, rows_of
 from benchmarks.memory import available_bytes, fix_allocator, peak_extra_bytes, touch_memory
+from benchmarks.timing import HOST_CALLS, DeviceClock, HostClock, device_calls, whole_turns
 
 ROUND_LOGITS = 3e5  # a round of a smaller case is many calls, so that the clock's own cost does not show
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 60
 SLOW_LOGITS = 4e7  # up to here the slow implementations run too, unless --all-cases
+MOST_SETS = 300  # of inputs on a GPU: what is less than a hundredth of its L2 cache is found there
 
+Clock = HostClock | DeviceClock
 _cases: dict[str, Case] = {}
+_device_clock = DeviceClock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,23 +48,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if row.slow and case.pyramid.logits > SLOW_LOGITS and not every:
                 continue
             _cases[case.key] = case
-            marks = pytest.mark.benchmark(group=case.name, timer=Clock(cuda, calls_per_round(case, cuda)))
+            marks = pytest.mark.benchmark(group=case.name, timer=clock_of(case, cuda))
             pairs.append(pytest.param(row.name, case.key, id=f"{row.name}-{case.key}", marks=marks))
     metafunc.parametrize("row_name, case_key", pairs)
 
 
-class Clock:
-    """Seconds divided by the calls of a round: pytest-benchmark then shows the time of one. Waits for the GPU."""
-
-    __name__ = "perf_counter per call"
-
-    def __init__(self, cuda: bool, calls: int) -> None:
-        self.cuda, self.calls = cuda, calls
-
-    def __call__(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() / self.calls
+def clock_of(case: Case, cuda: bool) -> Clock:
+    return _device_clock if cuda else HostClock(calls_per_round(case))
 
 
 def number_of_sets(case: Case, cuda: bool) -> int:
@@ -68,14 +62,13 @@ def number_of_sets(case: Case, cuda: bool) -> int:
     if not cuda:
         return 1
     cache = torch.cuda.get_device_properties().L2_cache_size
-    return max(1, min(64, round(3 * cache / case.bytes_moved() + 0.5)))
+    return max(1, min(MOST_SETS, -(-3 * cache // case.bytes_moved())))
 
 
-def calls_per_round(case: Case, cuda: bool) -> int:
+def calls_per_round(case: Case) -> int:
+    """On the CPU; on a GPU a round's calls are counted when one has been timed."""
     fewest = 10 if case.section == "small" else 1  # of one call, what the copy before it left in the caches is a part
-    calls = max(fewest, min(100, int(ROUND_LOGITS / case.pyramid.logits)))
-    sets = number_of_sets(case, cuda)
-    return -(-calls // sets) * sets
+    return max(fewest, min(100, int(ROUND_LOGITS / case.pyramid.logits)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -102,6 +95,11 @@ def fits(row: Row, case: Case, device: torch.device) -> bool:
     return needed < 0.8 * available_bytes(device)
 
 
+def memory_for(case: Case, device: torch.device) -> int:
+    """How many copies of the logits half of the free memory holds."""
+    return int(available_bytes(device) / 2 / case.logit_bytes)
+
+
 class Beside:
     """Times a copy of the logits before every round: what the machine gives at that moment.
 
@@ -114,8 +112,7 @@ class Beside:
 
     def __call__(self) -> None:
         start = self.clock()
-        for _ in range(self.clock.calls):
-            self.copy()
+        self.clock.run(self.copy)
         self.seconds.append(self.clock() - start)
 
 
@@ -136,15 +133,13 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
     fix_allocator(case.logit_bytes, keep_memory)
     sets = inputs_of(case, device)
     call = row.make(case, sets)
-    calls = calls_per_round(case, device.type == "cuda")
-    clock = Clock(device.type == "cuda", calls)
-
-    def one_round() -> None:
-        for _ in range(calls):
-            call()
-
-    call.prepare(calls)
-    one_round()  # compiles what is to be compiled; every set has been used, the first one last
+    clock = clock_of(case, device.type == "cuda")
+    on_device = isinstance(clock, DeviceClock)
+    if on_device:
+        clock.calls = whole_turns(3, len(sets))  # torch.compile's CUDA graphs come with the third call
+    call.prepare(clock.calls)
+    for _ in range(clock.calls):  # compiles what is to be compiled; every set has been used, the first one last
+        call()
     if row.checked:
         loss, gradients = call.result()
         cases.check(row.name, loss, gradients, case, sets[0], answer(case, device))
@@ -170,18 +165,31 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
         peaks.append(peak_extra_bytes(one_call, device))
         call.release()
     peak = min((p for p in peaks if p is not None), default=None)
-    if calls > 1:
-        call.prepare(calls)
+    host_seconds = None
+    if on_device:
+        host_calls = whole_turns(3 if row.slow else HOST_CALLS, len(sets))
+        call.prepare(host_calls)
+        host_seconds = clock.count_host(call, host_calls)
+    if clock.calls > 1:
+        call.prepare(clock.calls)
         start = clock()
-        one_round()
+        clock.run(call)
         seconds = clock() - start
-    seconds = calls * (seconds + beside.seconds.pop())  # of a round, with the copies before it
     call.release()
+    if on_device:
+        in_place = case.grad_mode == "inplace"  # then each call has a copy of the logits
+        clock.calls = device_calls(seconds, len(sets), memory_for(case, device) if in_place else None)
+    seconds = clock.calls * (seconds + beside.seconds.pop())  # of a round, with the copies before it
 
     def setup() -> None:
         for _ in range(3 if row.slow else 1):  # few rounds, so more copies for a median
             beside()
-        call.prepare(calls)
+        call.prepare(clock.calls)
+
+    waited: list[bool] = []
+
+    def one_round() -> None:
+        waited.append(clock.run(call))
 
     budget = float(benchmark._max_time)  # --benchmark-max-time, seconds
     rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(budget / seconds)))
@@ -203,7 +211,10 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
         bytes_moved=case.bytes_moved(),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        calls_per_round=calls,
+        calls_per_round=clock.calls,
+        input_sets=len(sets),
+        host_seconds=host_seconds,
+        host_bound=2 * sum(waited) > len(waited),
         copy_seconds=statistics.median(beside.seconds),
         peak_extra_bytes=peak,
     )

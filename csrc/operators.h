@@ -34,7 +34,7 @@ using Tensors = std::vector<Tensor>;
 
 // The arguments that say what is computed, the same in three operators; Options mirrors them.
 #define FASTFOCAL_OPTIONS_SCHEMA                                                                             \
-  "Tensor? codes, Tensor[] soft_targets, Tensor? anchor_weight, Tensor? class_weights, Tensor? divisor, "    \
+  "Tensor? codes, Tensor[]? soft_targets, Tensor? anchor_weight, Tensor? class_weights, Tensor? divisor, "   \
   "float[] level_scales, float positive_weight, float negative_weight, float gamma, float label_smoothing, " \
   "bool detach_modulating_factor, int family, float beta, int num_classes, int reduction, int[] needs_grad"
 
@@ -70,15 +70,15 @@ struct Options {
 };
 
 #define FASTFOCAL_OPTIONS_PARAMETERS                                                                                       \
-  std::optional<Tensor> codes, Tensors soft_targets, std::optional<Tensor> anchor_weight,                                  \
+  std::optional<Tensor> codes, std::optional<Tensors> soft_targets, std::optional<Tensor> anchor_weight,                   \
       std::optional<Tensor> class_weights, std::optional<Tensor> divisor, std::vector<double> level_scales,                \
       double positive_weight, double negative_weight, double gamma, double label_smoothing, bool detach_modulating_factor, \
       int64_t family, double beta, int64_t num_classes, int64_t reduction, std::vector<int64_t> needs_grad
-#define FASTFOCAL_OPTIONS                                                                                       \
-  Options {                                                                                                     \
-    codes, soft_targets, anchor_weight, class_weights, divisor, level_scales, positive_weight, negative_weight, \
-        static_cast<Family>(family), {gamma, label_smoothing, beta, detach_modulating_factor}, num_classes,     \
-        static_cast<Reduction>(reduction), needs_grad                                                           \
+#define FASTFOCAL_OPTIONS                                                                                          \
+  Options {                                                                                                        \
+    codes, soft_targets.value_or(Tensors()), anchor_weight, class_weights, divisor, level_scales, positive_weight, \
+        negative_weight, static_cast<Family>(family), {gamma, label_smoothing, beta, detach_modulating_factor},    \
+        num_classes, static_cast<Reduction>(reduction), needs_grad                                                 \
   }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ Every error is raised here, before anything is computed, and names the argument,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastfocal.ops import accumulation_dtype, images
+from fastfocal.registration import NO_VMAP, is_mapped
 
 Levels = Tensor | Sequence[Tensor]
 
@@ -20,6 +23,7 @@ FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("sum", "level", "image", "none", "mean")
 NORMALIZERS = ("positives", "positives_per_image")
+STRIDED = torch.strided
 GRAD_MODES = ("auto", "save", "recompute", "inplace")
 
 
@@ -33,32 +37,101 @@ def is_class_last(t: Tensor) -> bool:
 
 
 def as_levels(name: str, value: Levels) -> list[Tensor]:
-    if not isinstance(value, (list, tuple)):  # asked first: the other two questions take much longer
-        if isinstance(value, Tensor):
-            return [value]
-        if not isinstance(value, Sequence):
-            raise TypeError(
-                f"{name}: expected a tensor or a sequence of tensors, one a level; got {type(value).__name__}"
-            )
-    for level, t in enumerate(value):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}[{level}]: expected a tensor, got {type(t).__name__}")
-    return list(value)
+    """The tensors as a list; those of a subclass that only adds to Python's side of a tensor as plain ones."""
+    if isinstance(value, (list, tuple)):
+        # In one line, as it is on the way of every call.
+        if all(
+            [(type(t) is Tensor or type(t) is Parameter) and t.layout is STRIDED and not t.is_nested for t in value]
+        ):
+            return list(value)
+    elif isinstance(value, Tensor):
+        return [as_plain(name, value)]
+    elif not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(
+            f"{name}: expected a tensor or a sequence of tensors, one per level; got {type(value).__name__}"
+        )
+    return [as_plain(f"{name}[{level}]", t) for level, t in enumerate(value)]
+
+
+def as_plain(name: str, t: Tensor) -> Tensor:
+    """The tensor, if the kernels can read such a one.
+
+    Raises:
+        TypeError: it is no tensor, or it is sparse, nested, of another layout, or distributed.
+    """
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if (kind := type(t)) is not Tensor and kind is not Parameter:
+        t = without_subclass(name, t)
+    if t.layout is not STRIDED or t.is_nested:
+        kind_of = "a nested tensor" if t.is_nested else f"layout {t.layout}"
+        raise TypeError(f"{name}: expected an ordinary (strided) tensor, got {kind_of}")
+    return t
+
+
+def without_subclass(name: str, t: Tensor) -> Tensor:
+    if hasattr(t, "device_mesh") and hasattr(t, "placements"):
+        raise TypeError(
+            f"{name}: expected a local tensor, got a {type(t).__name__}; pass this rank's shard, {name}.to_local(), and a "
+            "normalizer that counts over all ranks"
+        )
+    # Those that dispatch by themselves (fake tensors of a compiler among them) do so when the operators are called.
+    if type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl or torch.compiler.is_compiling():
+        return t
+    with torch._C.DisableTorchFunctionSubclass():
+        return t.as_subclass(Tensor)
+
+
+def dispatches_itself(t: Tensor) -> bool:
+    """Whether it is of a subclass that takes operators into its own hands; the tracers' own do what they are told."""
+    kind = type(t)
+    return (
+        kind is not Tensor
+        and kind is not Parameter
+        and kind.__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+        and not kind.__module__.startswith("torch._subclasses")
+    )
+
+
+def check_transforms(levels: list[Tensor], targets: list[Tensor]) -> None:
+    """Within torch.func: reverse and forward mode are the operators' own; a mapped dimension is not."""
+    if any(map(is_mapped, (*levels, *targets))):
+        raise RuntimeError(NO_VMAP)
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
-def check_num_classes(num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")
+def as_number(name: str, value: object) -> float:
+    """A Python or numpy number as a float."""
+    if not is_number(value):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that float64 can hold, got an integer beyond it") from None
+
+
+def as_index(name: str, value: object) -> int:
+    """A Python or numpy integer of 64 bits."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
+    return value if isinstance(value, int) else int(value)
+
+
+def check_num_classes(num_classes: int) -> int:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)) or not 1 <= num_classes < 2**31:
+        raise ValueError(f"num_classes: expected a positive integer below 2^31, got {num_classes!r}")
+    return num_classes if isinstance(num_classes, int) else int(num_classes)
 
 
 def number_of_classes(logits: Levels, targets: Levels, num_classes: int | None) -> int:
     """K, from the logits' or the soft targets' shape where it was not given."""
     if num_classes is not None:
-        return num_classes
+        return check_num_classes(num_classes)
     soft = any(t.is_floating_point() for t in as_levels("targets", targets))
     return check_logits(logits, None, need_classes=not soft)[1]
 
@@ -117,11 +190,14 @@ def is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last))
 
 
-def dense(levels: list[Tensor]) -> list[Tensor]:
-    """The levels as the kernels read them: the same list, or one with copies of those in neither of the two natural orders."""
+def dense(levels: list[Tensor], differentiably: bool = False) -> list[Tensor]:
+    """The levels as the kernels read them: the same list, or one with copies of those in neither of the two natural orders.
+
+    differentiably: autograd sees the copying.
+    """
     if all(map(is_dense, levels)):
         return levels
-    return [t if is_dense(t) else t.detach().contiguous() for t in levels]
+    return [t if is_dense(t) else (t if differentiably else t.detach()).contiguous() for t in levels]
 
 
 def check_anchors(
@@ -233,34 +309,43 @@ def check_weight(weight: Levels, levels: list[Tensor], num_classes: int, anchors
 def split_alpha(
     alpha: float | Sequence[float] | Tensor | None,
 ) -> tuple[float | None, Sequence[float] | Tensor | None]:
-    """As a number, or as one a class."""
-    return (alpha, None) if alpha is None or isinstance(alpha, (int, float)) else (None, alpha)
+    """As a number, or as one per class."""
+    if alpha is None or isinstance(alpha, (int, float, np.number, np.bool_)):
+        return alpha, None  # type: ignore[return-value]
+    return None, alpha
 
 
 def check_alpha(alpha: float | None) -> tuple[float, float]:
     """Returns the weight of positives and of negatives."""
     if alpha is None:
         return 1.0, 1.0
-    if isinstance(alpha, bool):
-        raise TypeError(f"alpha: expected a number, numbers, a tensor or None, got {alpha}")
+    if not is_number(alpha):
+        raise TypeError(f"alpha: expected a number, numbers, a tensor or None, got {alpha!r}")
     if not alpha <= 1:  # comparisons, which torch.compile can follow
         raise ValueError(f"alpha: expected a number in [0, 1], or None or a negative one for no weighting; got {alpha}")
     return (float(alpha), 1.0 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
-def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int) -> Tensor:
-    """Returns one alpha a class, in float64, so that 1 - alpha is rounded once."""
+def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int) -> Tensor | tuple[float, ...]:
+    """Returns one alpha per class: numbers, or a tensor in float64, so that 1 - alpha is rounded once."""
     if not isinstance(alpha, Tensor):
-        if not isinstance(alpha, Sequence) or not all(map(is_number, alpha)):
+        if isinstance(alpha, np.ndarray):
+            alpha = alpha.tolist()
+        if isinstance(alpha, (str, bytes)) or not isinstance(alpha, Sequence) or not all(map(is_number, alpha)):
             raise TypeError(f"alpha: expected a number, {num_classes} numbers, a tensor or None, got {alpha!r}")
         if not all(0 <= a <= 1 for a in alpha):
             raise ValueError(f"alpha: expected numbers in [0, 1], got {list(alpha)}")
-        alpha = torch.tensor(list(alpha), dtype=torch.float64, device="cpu")
-    elif alpha.is_complex():
+        if len(alpha) != num_classes:
+            raise ValueError(f"alpha: expected one number per class, {num_classes} of them, got {len(alpha)}")
+        return tuple(map(float, alpha))
+    alpha = as_plain("alpha", alpha)
+    if alpha.is_complex() or alpha.is_quantized:
         raise TypeError(f"alpha: expected real numbers, got {alpha.dtype}")
-    elif alpha.requires_grad:
+    if alpha.requires_grad:
         raise ValueError("alpha: is not differentiated, expected requires_grad=False, got requires_grad=True")
-    elif (
+    if alpha.device.type == "meta":
+        raise ValueError("alpha: expected numbers, got a tensor without data (device meta)")
+    if (
         alpha.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and not bool(((alpha >= 0) & (alpha <= 1)).all())
@@ -269,54 +354,45 @@ def check_class_alpha(alpha: Sequence[float] | Tensor, num_classes: int) -> Tens
     if alpha.dim() == 0:
         alpha = alpha.expand(num_classes)
     if shape(alpha) != (num_classes,):
-        raise ValueError(f"alpha: expected one number a class, shape ({num_classes},), got shape {shape(alpha)}")
-    return alpha.to(torch.float64, copy=True).contiguous()
+        raise ValueError(f"alpha: expected one number per class, shape ({num_classes},), got shape {shape(alpha)}")
+    return alpha.detach().to(torch.float64, copy=True).contiguous()
 
 
-def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> None:
-    if not is_number(gamma):
-        raise TypeError(f"gamma: expected a number, got {type(gamma).__name__}")
+def check_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> tuple[float, float]:
+    gamma, label_smoothing = as_number("gamma", gamma), as_number("label_smoothing", label_smoothing)
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma: expected a finite number >= 0, got {gamma}")
-    if not is_number(label_smoothing):
-        raise TypeError(f"label_smoothing: expected a number, got {type(label_smoothing).__name__}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     if not isinstance(detach_modulating_factor, bool):
         raise TypeError(f"detach_modulating_factor: expected True or False, got {detach_modulating_factor!r}")
+    return gamma, label_smoothing
 
 
-def check_star(gamma: float, beta: float) -> None:
-    for name, value in (("gamma", gamma), ("beta", beta)):
-        if not is_number(value):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+def check_star(gamma: float, beta: float) -> tuple[float, float]:
+    gamma, beta = as_number("gamma", gamma), as_number("beta", beta)
     if not 0 < gamma < math.inf:
         raise ValueError(f"gamma: expected a finite number > 0, by which focal loss star is divided, got {gamma}")
     if not -math.inf < beta < math.inf:
         raise ValueError(f"beta: expected a finite number, got {beta}")
+    return gamma, beta
 
 
 def check_loss_weight(loss_weight: float) -> float:
-    if not is_number(loss_weight):
-        raise TypeError(f"loss_weight: expected a number, got {type(loss_weight).__name__}")
+    loss_weight = as_number("loss_weight", loss_weight)
     if not -math.inf < loss_weight < math.inf:
         raise ValueError(f"loss_weight: expected a finite number, got {loss_weight}")
-    return float(loss_weight)
+    return loss_weight
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def check_indices(background_index: int | None, ignore_index: int, num_classes: int) -> int:
     """Returns the label that means background."""
-    background = num_classes if background_index is None else background_index
-    for name, value in (("background_index", background), ("ignore_index", ignore_index)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name}: expected an integer, got {value!r}")
-        if not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name}: expected an integer of 64 bits, got {value}")
+    background = num_classes if background_index is None else as_index("background_index", background_index)
     if background == ignore_index:
         raise ValueError(f"ignore_index: expected a label other than background_index, got {ignore_index} for both")
     if 0 < background < num_classes:
@@ -332,12 +408,16 @@ def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | 
         return None
     if isinstance(level_weights, Tensor) and level_weights.requires_grad:
         raise ValueError("level_weights: is not differentiated, expected requires_grad=False, got requires_grad=True")
+    if isinstance(level_weights, (str, bytes, Mapping)):
+        raise TypeError(f"level_weights: expected numbers, one per level, got {level_weights!r}")
     try:
-        weights = [math.nan if isinstance(w, (bool, str)) else float(w) for w in level_weights]
-    except (TypeError, ValueError):
-        raise TypeError(f"level_weights: expected numbers, one a level, got {level_weights!r}") from None
+        weights = [math.nan if isinstance(w, (bool, str, bytes)) else float(w) for w in level_weights]
+    except OverflowError:
+        raise ValueError("level_weights: expected numbers that float64 can hold, got an integer beyond it") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"level_weights: expected numbers, one per level, got {level_weights!r}") from None
     if not all(-math.inf < w < math.inf for w in weights):
-        raise ValueError(f"level_weights: expected finite numbers, one a level, got {level_weights!r}")
+        raise ValueError(f"level_weights: expected finite numbers, one per level, got {level_weights!r}")
     return weights
 
 
@@ -351,7 +431,7 @@ def check_normalizer(normalizer: str | float | Tensor | None) -> None:
     if isinstance(normalizer, str):
         check_choice("normalizer", normalizer, NORMALIZERS)
     elif is_number(normalizer):
-        if not 0 < normalizer < math.inf:  # type: ignore[operator]
+        if not 0 < as_number("normalizer", normalizer) < math.inf:
             raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer}")
     elif normalizer is not None and not isinstance(normalizer, Tensor):
         raise TypeError(f"normalizer: expected a string, a number, a tensor or None, got {normalizer!r}")
@@ -373,5 +453,5 @@ def check_normalizer_for(normalizer: str | float | Tensor | None, like: Tensor, 
             raise ValueError("normalizer: is not differentiated, expected requires_grad=False, got requires_grad=True")
         if normalizer.device != like.device and not (normalizer.dim() == 0 and normalizer.device.type == "cpu"):
             raise ValueError(f"normalizer: expected the logits' device, {like.device}, got {normalizer.device}")
-        if normalizer.dtype == torch.bool or normalizer.is_complex():
+        if normalizer.dtype == torch.bool or normalizer.is_complex() or normalizer.is_quantized:
             raise TypeError(f"normalizer: expected a tensor of real numbers, got {normalizer.dtype}")

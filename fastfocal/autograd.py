@@ -1,4 +1,8 @@
-"""The one autograd.Function: one node for every level, and one operator call in each direction."""
+"""The one autograd.Function of an eager call: one node for every level, and one operator call in each direction.
+
+Where something else than plain autograd may differentiate (`is_transformed`), the operators are called as they are: they carry
+their own derivative (registration.py).
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastfocal import ops
+from fastfocal.registration import NO_SECOND_DERIVATIVE, in_order_of, refuse_batched, times
+from fastfocal.saved import describe, has_hooks, restore
+
+# Within it operators are called past their own derivative, which costs some microseconds and is not wanted here.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _keep_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
@@ -19,7 +28,7 @@ class Options(NamedTuple):
     """The operators' arguments beside the logits, in their order (FASTFOCAL_OPTIONS_SCHEMA in csrc/operators.h)."""
 
     codes: Tensor | None
-    soft_targets: list[Tensor]
+    soft_targets: list[Tensor] | None
     anchor_weight: Tensor | None
     class_weights: Tensor | None
     divisor: Tensor | None
@@ -33,6 +42,21 @@ class Options(NamedTuple):
     beta: float
     num_classes: int
     reduction: int
+
+
+def is_transformed() -> bool:
+    """Whether more than plain reverse mode may be at work: a compiler, torch.func or forward mode.
+
+    Raises:
+        RuntimeError: under torch.jit.trace.
+    """
+    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if (
+        torch._C._get_tracing_state() is not None
+    ):  # TorchScript keeps lists of tensors, which PyTorch's stable ABI empties
+        raise RuntimeError("fastfocal: torch.jit.trace is not supported; use torch.export or torch.compile")
+    return False
 
 
 def graph_is_kept() -> bool:
@@ -79,51 +103,52 @@ class FocalLossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, ...]:
         mode, options, dense, needs_grad, copied = call
-        ctx.kept = mode, options.reduction, needs_grad, copied
+        hooked = has_hooks()
         if mode == "recompute":
-            losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
+            with below_autograd():
+                losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
             codes, soft_targets, anchor_weight, class_weights, divisor, *rest = options
-            ctx.save_for_backward(*dense, *soft_targets, codes, anchor_weight, class_weights, divisor)
-            ctx.options = (len(soft_targets), rest)  # those that are no tensors
+            saved = [*dense, *(soft_targets or ()), codes, anchor_weight, class_weights, divisor]
+            ctx.options = rest  # those that are no tensors
         elif mode == "inplace":
-            losses = ops.new_losses(dense, options.reduction)
-            ops.operators.focal_loss_(dense, losses, *options, needs_grad)
-            overwritten = [t for t, need in zip(dense, needs_grad, strict=True) if need]
-            # Whoever saved these logits for a backward of their own must hear that they are gone.
-            torch.autograd.graph.increment_version(overwritten)
+            # All that may fail comes before the first write.
             empty = dense[0].new_empty(0)
-            ctx.save_for_backward(*(t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)))
+            saved = [t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)]
+            losses = ops.new_losses(dense, options.reduction)
+            with below_autograd():
+                ops.operators.focal_loss_(dense, losses, *options, needs_grad)
         else:
-            losses, gradients = ops.operators.focal_loss(dense, *options, needs_grad)
-            # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
-            # without a copy.
-            ctx.save_for_backward(*gradients)
+            with below_autograd():
+                losses, saved = ops.operators.focal_loss(dense, *options, needs_grad)
+        # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
+        # without a copy.
+        ctx.save_for_backward(*saved)
+        # Gradients in other memory are the same gradients; what is read together has to lie as it did.
+        kept = describe(saved, hooked) if hooked or mode == "recompute" else None
+        ctx.kept = mode, options.reduction, needs_grad, copied, hooked, kept
         return tuple(losses)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fastfocal: create_graph=True (a second derivative of the focal loss) is not supported yet; "
-                "fastfocal.reference supports it"
-            )
-        mode, reduction, needs_grad, copied = ctx.kept
-        gradients = list(ctx.saved_tensors)
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        if not is_compiling():
+            refuse_batched(grad_outputs[0])
+        mode, reduction, needs_grad, copied, hooked, kept = ctx.kept
+        gradients = list(ctx.saved_tensors) if kept is None else restore(ctx.saved_tensors, kept)
         if mode == "recompute":
-            gradients = recomputed(gradients, grad_outputs, needs_grad, *ctx.options)
+            gradients = recomputed(gradients, grad_outputs, needs_grad, ctx.options)
         elif reduction == ops.NONE:
-            wanted = [level for level, need in enumerate(needs_grad) if need]
-            products = torch._foreach_mul(
-                [gradients[level] for level in wanted], [grad_outputs[level] for level in wanted]
-            )
-            for level, product in zip(wanted, products, strict=True):
-                # Ignored anchors keep their 0 beside an incoming gradient that is not finite.
-                gradients[level] = product.masked_fill_(gradients[level] == 0, 0)
-        elif graph_is_kept():
+            gradients = [
+                times(t, g) if need else t for t, g, need in zip(gradients, grad_outputs, needs_grad, strict=True)
+            ]
+        elif hooked or graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
-            gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)
+            with below_autograd():
+                gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)
         else:
-            ops.operators.scale_gradients_(gradients, grad_outputs[0], reduction)
+            with below_autograd():
+                ops.operators.scale_gradients_(gradients, grad_outputs[0], reduction)
         found: list[Tensor | None] = gradients
         if 0 in needs_grad:
             found = [t if need else None for t, need in zip(gradients, needs_grad, strict=True)]
@@ -133,13 +158,12 @@ class FocalLossFunction(torch.autograd.Function):
 
 
 def recomputed(
-    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], soft: int, rest: list[Any]
+    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], rest: list[Any]
 ) -> list[Tensor]:
     """The gradients of the logits that forward saved, with everything else that it took."""
     levels = len(needs_grad)
-    dense, soft_targets = saved[:levels], saved[levels : levels + soft]
-    codes, *operands = saved[-4:]
-    options = Options(codes, soft_targets, *operands, *rest)  # type: ignore[arg-type]
+    dense, (*soft_targets, codes, anchor_weight, class_weights, divisor) = saved[:levels], saved[levels:]
+    options = Options(codes, soft_targets or None, anchor_weight, class_weights, divisor, *rest)
     if options.reduction != ops.NONE:
         incoming = list(grad_outputs)
     elif all(is_one_number(g) for g in grad_outputs):
@@ -147,22 +171,32 @@ def recomputed(
         numbers = [g.as_strided((), ()) if g.numel() else g.new_zeros(()) for g in grad_outputs]
         incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
     else:  # the kernel reads them in the logits' order
-        incoming = [
-            g if g.stride() == t.stride() else torch.empty_like(t).copy_(g)
-            for g, t in zip(grad_outputs, dense, strict=True)
-        ]
-    return ops.operators.focal_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
+        incoming = [in_order_of(t, g) for g, t in zip(grad_outputs, dense, strict=True)]
+    with below_autograd():
+        return ops.operators.focal_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
 
 
-def focal_loss(mode: str, options: Options, logits: list[Tensor], dense: list[Tensor]) -> tuple[Tensor, ...]:
-    """The operator, recorded by autograd where a gradient is wanted."""
+def focal_loss(
+    mode: str, options: Options, logits: list[Tensor], dense: list[Tensor], transformed: bool
+) -> tuple[Tensor, ...]:
+    """The operator, recorded by autograd where a gradient is wanted.
+
+    transformed: what `is_transformed` said; `dense` was then made of `logits` by operations that autograd has seen.
+    """
     needs_grad = [int(t.requires_grad) for t in logits]
-    if torch.is_grad_enabled() and any(needs_grad):
+    wanted = torch.is_grad_enabled() and any(needs_grad)
+    if transformed:
+        # Gradients made in forward cannot be differentiated, so only a compiler, which cannot either, gets them.
+        made = needs_grad if wanted and mode != "recompute" and is_compiling() else [0] * len(dense)
+        losses, _ = ops.operators.focal_loss(dense, *options, made)
+    elif wanted:
         copied = None if dense is logits else memory_of_copied(logits, dense)
+        if mode == "inplace":
+            # Whoever saved these logits for a backward of their own must hear that they are gone. Before the node is made: a
+            # view has another grad_fn afterwards, which then is the one that the node points to.
+            torch.autograd.graph.increment_version([t for t in logits if t.requires_grad])
         return FocalLossFunction.apply(Call(mode, options, dense, needs_grad, copied), *logits)
-    if not is_compiling() and any([unpack_dual(t).tangent is not None for t in logits]):
-        raise RuntimeError(
-            "fastfocal: forward-mode derivatives of the focal loss are not supported; fastfocal.reference supports them"
-        )
-    losses, _ = ops.operators.focal_loss(dense, *options, [])
+    else:
+        with below_autograd():
+            losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
     return tuple(losses)

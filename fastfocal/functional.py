@@ -1,17 +1,64 @@
 """Focal loss as functions."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
+import functools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from typing_extensions import Unpack
 
 from fastfocal import arguments, autograd, ops
+from fastfocal import labels as label_conventions
 
 Levels = Tensor | Sequence[Tensor]
+Labels = Literal["torchvision", "detectron2", "mmdet", "effdet", "kuangliu", "segmentation"]
+Reduced = Literal["sum", "level", "image", "mean"]
+Normalizer = Literal["positives", "positives_per_image"] | float | Tensor | None
+GradMode = Literal["auto", "save", "recompute", "inplace"]
+
+
+class Options(TypedDict, total=False):
+    """The keywords that both functions take, beside `reduction`."""
+
+    num_classes: int | None
+    alpha: float | Sequence[float] | Tensor | None
+    gamma: float
+    labels: Labels | None
+    background_index: int | None
+    ignore_index: int
+    weight: Levels | None
+    level_weights: Sequence[float] | None
+    normalizer: Normalizer
+    grad_mode: GradMode
+    loss_weight: float
+
+
+class FocalLossOptions(Options, total=False):
+    label_smoothing: float
+    detach_modulating_factor: bool
+
+
+class FocalLossStarOptions(Options, total=False):
+    beta: float
+
+
+# Only `reduction` says what comes back.
+@overload
+def focal_loss(
+    logits: Levels, targets: Levels, *, reduction: Reduced = "sum", **options: Unpack[FocalLossOptions]
+) -> Tensor: ...
+@overload
+def focal_loss(
+    logits: Tensor, targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossOptions]
+) -> Tensor: ...
+@overload
+def focal_loss(
+    logits: Sequence[Tensor], targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossOptions]
+) -> list[Tensor]: ...
 
 
 def focal_loss(
@@ -21,15 +68,16 @@ def focal_loss(
     num_classes: int | None = None,
     alpha: float | Sequence[float] | Tensor | None = 0.25,
     gamma: float = 2.0,
+    labels: Labels | None = None,
     background_index: int | None = None,
     ignore_index: int = -1,
     weight: Levels | None = None,
     level_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     detach_modulating_factor: bool = False,
-    normalizer: str | float | Tensor | None = "positives",
-    reduction: str = "sum",
-    grad_mode: str = "auto",
+    normalizer: Normalizer = "positives",
+    reduction: Reduced | Literal["none"] = "sum",
+    grad_mode: GradMode = "auto",
     loss_weight: float = 1.0,
 ) -> Tensor | list[Tensor]:
     r"""Sigmoid focal loss over every level of a feature pyramid, with its gradient, in one pass.
@@ -50,8 +98,12 @@ def focal_loss(
             torchvision has it.
         num_classes: K; needed with 4-D logits and labels, else the last dimension (the channels of 4-D soft targets).
         alpha: weight of a positive, ``1 - alpha`` of a negative; None or a negative number: neither is weighted; K numbers or
-            a tensor ``(K,)``: one alpha a class (copied to the logits' device in each call, if it is not there).
+            a tensor ``(K,)``: one alpha per class. Numbers are copied to the logits' device once, a tensor in each call if it
+            is not there.
         gamma: focusing parameter, any finite number >= 0.
+        labels: the convention of a project: "torchvision" or "effdet" (background -1, ignored -2), "detectron2" or "mmdet"
+            (background K, ignored -1: the default), "kuangliu" (background 0, ignored -1), "segmentation" (ignored 255; K
+            would be background). It stands for the next two.
         background_index: the label that means background; None means K. With 0 the classes are the labels 1..K, with
             anything else 0..K-1.
         ignore_index: anchors with this label have zero loss and zero gradient whatever their logits are, and do not count.
@@ -70,9 +122,9 @@ def focal_loss(
             the normalizer.
         grad_mode: ``"save"``: forward writes the finished gradient, backward hands it on; ``"recompute"``: forward only
             reads, backward computes the gradient from the logits, so these must stay unchanged until then; ``"inplace"``: as
-            save, over the logits' own memory (which is theirs no more; not for leaves that require grad); ``"auto"``: save,
-            but recompute for float16, where a small gradient stored before the loss scale meets it would round to zero, and
-            for reduction "none".
+            save, over the logits' own memory (which is theirs no more; not for leaves that require grad; computed as save
+            under torch.compile and torch.func); ``"auto"``: save, but recompute for float16, where a small gradient stored
+            before the loss scale meets it would round to zero, and for reduction "none".
         loss_weight: a factor of the whole loss.
 
     Returns:
@@ -86,11 +138,25 @@ def focal_loss(
     formula = plain_formula(gamma, label_smoothing, detach_modulating_factor)
     classes = arguments.number_of_classes(logits, targets, num_classes)
     number, per_class = arguments.split_alpha(alpha)
-    class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
-    return pyramid_loss(
-        make_settings(formula, classes, number, *options), logits, targets, weight, normalizer, class_alpha
-    )
+    settings = make_settings(formula, classes, number, *options)
+    class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
+    return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
+
+
+@overload
+def focal_loss_star(
+    logits: Levels, targets: Levels, *, reduction: Reduced = "sum", **options: Unpack[FocalLossStarOptions]
+) -> Tensor: ...
+@overload
+def focal_loss_star(
+    logits: Tensor, targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossStarOptions]
+) -> Tensor: ...
+@overload
+def focal_loss_star(
+    logits: Sequence[Tensor], targets: Levels, *, reduction: Literal["none"], **options: Unpack[FocalLossStarOptions]
+) -> list[Tensor]: ...
 
 
 def focal_loss_star(
@@ -101,13 +167,14 @@ def focal_loss_star(
     alpha: float | Sequence[float] | Tensor | None = 0.25,
     gamma: float = 2.0,
     beta: float = 1.0,
+    labels: Labels | None = None,
     background_index: int | None = None,
     ignore_index: int = -1,
     weight: Levels | None = None,
     level_weights: Sequence[float] | None = None,
-    normalizer: str | float | Tensor | None = "positives",
-    reduction: str = "sum",
-    grad_mode: str = "auto",
+    normalizer: Normalizer = "positives",
+    reduction: Reduced | Literal["none"] = "sum",
+    grad_mode: GradMode = "auto",
     loss_weight: float = 1.0,
 ) -> Tensor | list[Tensor]:
     r"""Focal loss star over every level of a feature pyramid, with its gradient, in one pass.
@@ -121,8 +188,9 @@ def focal_loss_star(
     Args:
         gamma: slope of the logit, a finite number > 0.
         beta: shift of the logit, a finite number.
-        logits, targets, num_classes, alpha, background_index, ignore_index, weight, level_weights, normalizer, reduction,
-            grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them. Soft targets: ``x_t`` as above, in between.
+        logits, targets, num_classes, alpha, labels, background_index, ignore_index, weight, level_weights, normalizer,
+            reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them. Soft targets: ``x_t`` as above, in
+            between.
 
     Returns:
         As :func:`fastfocal.focal_loss`.
@@ -133,11 +201,11 @@ def focal_loss_star(
     formula = star_formula(gamma, beta)
     classes = arguments.number_of_classes(logits, targets, num_classes)
     number, per_class = arguments.split_alpha(alpha)
-    class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
-    return pyramid_loss(
-        make_settings(formula, classes, number, *options), logits, targets, weight, normalizer, class_alpha
-    )
+    settings = make_settings(formula, classes, number, *options)
+    class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
+    return pyramid_loss(settings, logits, targets, weight, normalizer, class_alpha)
 
 
 class Formula(NamedTuple):
@@ -151,13 +219,13 @@ class Formula(NamedTuple):
 
 
 def plain_formula(gamma: float, label_smoothing: float, detach_modulating_factor: bool) -> Formula:
-    arguments.check_formula(gamma, label_smoothing, detach_modulating_factor)
-    return Formula(ops.FOCAL_LOSS, float(gamma), float(label_smoothing), detach_modulating_factor)
+    gamma, label_smoothing = arguments.check_formula(gamma, label_smoothing, detach_modulating_factor)
+    return Formula(ops.FOCAL_LOSS, gamma, label_smoothing, detach_modulating_factor)
 
 
 def star_formula(gamma: float, beta: float) -> Formula:
-    arguments.check_star(gamma, beta)
-    return Formula(ops.FOCAL_LOSS_STAR, float(gamma), beta=float(beta))
+    gamma, beta = arguments.check_star(gamma, beta)
+    return Formula(ops.FOCAL_LOSS_STAR, gamma, beta=beta)
 
 
 class Settings(NamedTuple):
@@ -187,7 +255,8 @@ def make_settings(
     loss_weight: float,
 ) -> Settings:
     """Arguments as :func:`fastfocal.focal_loss` takes them; an alpha for each class comes with the tensors."""
-    arguments.check_num_classes(num_classes)
+    num_classes = arguments.check_num_classes(num_classes)
+    ignore_index = arguments.as_index("ignore_index", ignore_index)
     arguments.check_choice("reduction", reduction, arguments.REDUCTIONS)
     arguments.check_choice("grad_mode", grad_mode, arguments.GRAD_MODES)
     return Settings(
@@ -209,37 +278,45 @@ def pyramid_loss(
     targets: Levels,
     weight: Levels | None,
     normalizer: str | float | Tensor | None,
-    class_alpha: Tensor | None,
+    class_alpha: Tensor | tuple[float, ...] | None,
 ) -> Tensor | list[Tensor]:
     """Everything that does not depend on the formula. The tensors as :func:`fastfocal.focal_loss` takes them.
 
-    class_alpha: checked, in float64.
+    class_alpha: checked; a tensor is float64.
     """
     reduction = settings.reduction
+    transformed = autograd.is_transformed()
     given = arguments.as_levels("targets", targets)
     soft = any([t.is_floating_point() for t in given])
     levels, classes, anchors = arguments.check_logits(logits, settings.num_classes)
+    if transformed and not is_compiling():
+        arguments.check_transforms(levels, given)
     class_weights: Tensor | None = None
     if class_alpha is not None:
-        if len(class_alpha) != classes:
-            raise ValueError(f"alpha: expected one number a class, {classes} of them, got {len(class_alpha)}")
-        per_class = class_alpha.to(levels[0].device)
-        class_weights = torch.stack((per_class, 1 - per_class)).to(ops.accumulation_dtype(levels[0].dtype))
+        class_weights = weights_of_classes(class_alpha, classes, levels[0])
     count, number, divisor = resolve_normalizer(normalizer, reduction, levels, soft)
     scales = level_scales(settings, len(levels), number)
     mode = resolve_mode(settings.grad_mode, reduction, levels)
-    dense = arguments.dense(levels)
+    dense = arguments.dense(levels, differentiably=transformed)
     anchor_weight = None if weight is None else arguments.check_weight(weight, dense, classes, anchors)
 
     codes: Tensor | None = None
-    soft_targets: list[Tensor] = []
+    soft_targets: list[Tensor] | None = None
     if soft:
         soft_targets = arguments.check_soft_targets(given, dense)
     else:
-        labels = arguments.check_labels(given, isinstance(targets, Tensor), dense, classes, anchors)
-        codes, counted = ops.operators.label_codes(
-            labels, dense, classes, settings.background, settings.ignore_index, count, 1.0
-        )
+        together = isinstance(targets, Tensor)
+        labels = arguments.check_labels(given, together, dense, classes, anchors)
+        background, ignored = settings.background, settings.ignore_index
+        if background == classes and ignored == -1 and not is_compiling():
+            label_conventions.no_background.look(labels, classes)
+        try:
+            codes, counted = ops.operators.label_codes(labels, dense, classes, background, ignored, count, 1.0)
+        except ValueError:
+            message = label_conventions.describe_bad_label(given, together, anchors, classes, background, ignored)
+            if message is None:
+                raise
+            raise ValueError(message) from None
         if count != ops.COUNT_NOTHING:
             divisor = counted
 
@@ -261,10 +338,36 @@ def pyramid_loss(
         classes,
         OPERATOR_REDUCTIONS[reduction],
     )
-    losses = autograd.focal_loss(mode, options, levels, dense)
+    losses = autograd.focal_loss(mode, options, levels, dense, transformed)
     if reduction == "none" and not isinstance(logits, Tensor):
         return list(losses)
     return losses[0]
+
+
+def weights_of_classes(alpha: Tensor | tuple[float, ...], num_classes: int, logits: Tensor) -> Tensor:
+    """``(2, K)``, the weights of positives and of negatives, on the logits' device."""
+    if len(alpha) != num_classes:
+        raise ValueError(f"alpha: expected one number per class, {num_classes} of them, got {len(alpha)}")
+    dtype, device = ops.accumulation_dtype(logits.dtype), logits.device
+    if isinstance(alpha, Tensor):
+        per_class = alpha.to(device)
+        return torch.stack((per_class, 1 - per_class)).to(dtype)
+    # What is made under a mode may be no ordinary tensor (fake, traced), and must not outlast it.
+    if is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return make_weights_of_classes(alpha, dtype, device)
+    return remembered_weights_of_classes(alpha, dtype, device)
+
+
+def make_weights_of_classes(alpha: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    weights = torch.tensor((alpha, [1.0 - a for a in alpha]), dtype=torch.float64, device="cpu")
+    return weights.to(dtype).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def remembered_weights_of_classes(alpha: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied to the device once: a copy from the host waits for it, and a graph that is being captured refuses it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make_weights_of_classes(alpha, dtype, device)
 
 
 # "mean" is a sum over a divisor of its own.
@@ -277,12 +380,16 @@ def resolve_normalizer(
     """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
     if reduction == "mean":
         return ops.COUNT_LOGITS, float(max(1, sum(t.numel() for t in levels))) if soft else 1.0, None
+    if isinstance(normalizer, Tensor):
+        normalizer = arguments.as_plain("normalizer", normalizer)
     arguments.check_normalizer_for(normalizer, levels[0], soft)
     if isinstance(normalizer, str):
         if normalizer == "positives":
             return ops.COUNT_POSITIVES, 1.0, None
         return ops.COUNT_POSITIVES_PER_IMAGE, float(max(1, ops.images(levels[0]))), None
     if isinstance(normalizer, Tensor):
+        if normalizer.device != levels[0].device and not is_compiling():  # a number on the host: nothing is copied
+            return ops.COUNT_NOTHING, normalizer.item(), None
         divisor = normalizer.detach().to(levels[0].device, torch.float64, non_blocking=True)
         return ops.COUNT_NOTHING, 1.0, divisor.contiguous()
     return ops.COUNT_NOTHING, 1.0 if normalizer is None else float(normalizer), None
@@ -292,9 +399,14 @@ def level_scales(settings: Settings, levels: int, number: float) -> list[float]:
     """What each level's loss is multiplied by: its weight, the loss' weight, and over the normalizer's number."""
     weights = settings.level_weights
     if weights is None:
-        return [settings.loss_weight / number] * levels
+        return [quotient(settings.loss_weight, number)] * levels
     arguments.check_number_of_level_weights(weights, levels)
-    return [settings.loss_weight * weight / number for weight in weights]
+    return [quotient(settings.loss_weight * weight, number) for weight in weights]
+
+
+def quotient(value: float, divisor: float) -> float:
+    """As tensors are divided: by 0 too, which a tensor given as normalizer may hold."""
+    return value / divisor if divisor != 0 else value * math.copysign(math.inf, divisor)
 
 
 def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:
@@ -303,6 +415,10 @@ def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:
         return "recompute" if levels[0].dtype == torch.float16 or reduction == "none" else "save"
     if grad_mode == "inplace" and torch.is_grad_enabled():
         for i, t in enumerate(levels):
+            if t.requires_grad and arguments.dispatches_itself(t):
+                raise TypeError(
+                    f'grad_mode: "inplace" expects ordinary tensors, got logits[{i}] of type {type(t).__name__}'
+                )
             base = t if is_compiling() else t._base  # not None: t is a view of it
             if t.requires_grad and (t.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
                 raise ValueError(

@@ -1,17 +1,24 @@
 """Focal loss as a module."""
 
-from __future__ import annotations
-
+import inspect
 import operator
 from collections.abc import Callable, Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from typing_extensions import Self
 
 from fastfocal import arguments
+from fastfocal import labels as label_conventions
 from fastfocal.functional import (
     Formula,
+    GradMode,
+    Labels,
     Levels,
+    Normalizer,
+    Reduced,
     Settings,
     make_settings,
     plain_formula,
@@ -29,8 +36,8 @@ class FastFocalLoss(nn.Module):
 
     Args:
         num_classes: K, the foreground classes.
-        alpha, gamma, background_index, ignore_index, level_weights, label_smoothing, detach_modulating_factor, normalizer,
-            reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
+        alpha, gamma, labels, background_index, ignore_index, level_weights, label_smoothing, detach_modulating_factor,
+            normalizer, reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
         sync_normalizer: mean of the count over the ranks of the default process group; not there yet.
         ema_momentum: running mean of the normalizer; not there yet.
 
@@ -40,6 +47,7 @@ class FastFocalLoss(nn.Module):
     """
 
     class_alpha: Tensor | None
+    _given_alpha: Tensor | None  # the values of class_alpha, where they were given
 
     def __init__(
         self,
@@ -47,14 +55,15 @@ class FastFocalLoss(nn.Module):
         *,
         alpha: float | Sequence[float] | Tensor | None = 0.25,
         gamma: float = 2.0,
+        labels: Labels | None = None,
         background_index: int | None = None,
         ignore_index: int = -1,
         level_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
         detach_modulating_factor: bool = False,
-        normalizer: str | float | Tensor | None = "positives",
-        reduction: str = "sum",
-        grad_mode: str = "auto",
+        normalizer: Normalizer = "positives",
+        reduction: Reduced | Literal["none"] = "sum",
+        grad_mode: GradMode = "auto",
         loss_weight: float = 1.0,
         sync_normalizer: bool = False,
         ema_momentum: float | None = None,
@@ -65,12 +74,10 @@ class FastFocalLoss(nn.Module):
             name = "sync_normalizer" if sync_normalizer else "ema_momentum"
             raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
         arguments.check_normalizer(normalizer)
-        arguments.check_num_classes(num_classes)
-        self.num_classes = num_classes
+        self.num_classes = arguments.check_num_classes(num_classes)
         self.alpha = alpha
         self.gamma = gamma
-        self.background_index = background_index
-        self.ignore_index = ignore_index
+        self.background_index, self.ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
         self.level_weights = arguments.check_level_weights(level_weights)
         self.label_smoothing = label_smoothing
         self.detach_modulating_factor = detach_modulating_factor
@@ -86,7 +93,7 @@ class FastFocalLoss(nn.Module):
         logits: Levels,
         targets: Levels,
         weight: Levels | None = None,
-        normalizer: str | float | Tensor | None = None,
+        normalizer: Normalizer = None,
     ) -> Tensor | list[Tensor]:
         """Args: as :func:`fastfocal.focal_loss`; `normalizer` replaces the constructor's where it is not None."""
         if normalizer is None:
@@ -105,9 +112,18 @@ class FastFocalLoss(nn.Module):
     @alpha.setter
     def alpha(self, alpha: float | Sequence[float] | Tensor | None) -> None:
         self._alpha, per_class = arguments.split_alpha(alpha)
+        values = None if per_class is None else arguments.check_class_alpha(per_class, self.num_classes)
         # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
-        buffer = None if per_class is None else arguments.check_class_alpha(per_class, self.num_classes)
-        self.register_buffer("class_alpha", buffer, persistent=False)
+        if isinstance(values, tuple):
+            values = torch.tensor(values, dtype=torch.float64, device="cpu")
+        self.register_buffer("class_alpha", values, persistent=False)
+        self._given_alpha = values
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "alpha":  # nn.Module would make a parameter or a buffer of that name, where it is one
+            type(self).alpha.__set__(self, value)  # type: ignore[attr-defined]
+        else:
+            super().__setattr__(name, value)  # type: ignore[arg-type]
 
     _make_formula: Callable[..., Formula] = staticmethod(plain_formula)
 
@@ -139,19 +155,27 @@ class FastFocalLoss(nn.Module):
             self._checked = now
         return self._of_checked
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FastFocalLoss:
-        before = self.class_alpha
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if before is not None and self.class_alpha is not None and self.class_alpha.dtype != before.dtype:
-            self.class_alpha = before.to(self.class_alpha.device)
+        given, moved = self._given_alpha, self.class_alpha
+        if given is not None and moved is not None:
+            # From what was given: `fn` may cast, or hand back memory with nothing in it, as `to_empty` does.
+            self.class_alpha = given.to(moved.device, copy=True)
         return self
 
     def extra_repr(self) -> str:
-        alpha = self.alpha if self.class_alpha is None else "per class"
-        return (
-            f"num_classes={self.num_classes}, alpha={alpha}, gamma={self.gamma}, normalizer={self.normalizer!r}, "
-            f"reduction={self.reduction!r}, grad_mode={self.grad_mode!r}"
-        )
+        """num_classes, and every option that is not the default."""
+        shown = [f"num_classes={self.num_classes}"]
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name in ("self", "num_classes") or not hasattr(self, name):
+                continue
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                values = "without data" if value.is_meta else ", ".join(f"{v:g}" for v in value.flatten()[:4].tolist())
+                shown.append(f"{name}=[{values}{', ...' if value.numel() > 4 else ''}]")
+            elif value != parameter.default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
 
 class FastFocalLossStar(FastFocalLoss):
@@ -164,7 +188,7 @@ class FastFocalLossStar(FastFocalLoss):
     Args:
         num_classes: K, the foreground classes.
         gamma, beta: slope and shift of the logit.
-        alpha, background_index, ignore_index, level_weights, normalizer, reduction, grad_mode, loss_weight: as
+        alpha, labels, background_index, ignore_index, level_weights, normalizer, reduction, grad_mode, loss_weight: as
             :func:`fastfocal.focal_loss` takes them.
 
     Raises:
@@ -178,12 +202,13 @@ class FastFocalLossStar(FastFocalLoss):
         alpha: float | Sequence[float] | Tensor | None = 0.25,
         gamma: float = 2.0,
         beta: float = 1.0,
+        labels: Labels | None = None,
         background_index: int | None = None,
         ignore_index: int = -1,
         level_weights: Sequence[float] | None = None,
-        normalizer: str | float | Tensor | None = "positives",
-        reduction: str = "sum",
-        grad_mode: str = "auto",
+        normalizer: Normalizer = "positives",
+        reduction: Reduced | Literal["none"] = "sum",
+        grad_mode: GradMode = "auto",
         loss_weight: float = 1.0,
     ) -> None:
         self.beta = beta  # before the base's constructor, which checks all of them
@@ -191,6 +216,7 @@ class FastFocalLossStar(FastFocalLoss):
             num_classes,
             alpha=alpha,
             gamma=gamma,
+            labels=labels,
             background_index=background_index,
             ignore_index=ignore_index,
             level_weights=level_weights,
@@ -204,6 +230,3 @@ class FastFocalLossStar(FastFocalLoss):
 
     def _formula_options(self) -> tuple[float, ...]:
         return self.gamma, self.beta
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, beta={self.beta}"

@@ -1,6 +1,7 @@
-"""Loads the compiled extension and gives its operators their shape functions, which ``torch.compile`` needs.
+"""Loads the compiled extension, and names the numbers that its operators take for choices.
 
-Everything else calls them through `operators`, so that a test can point it at another build of them.
+Everything else calls them through `operators`, so that a test can point it at another build of them. What PyTorch is told about
+them in Python (shapes, derivatives, vmap) is in registration.py.
 """
 
 from __future__ import annotations
@@ -41,54 +42,6 @@ def new_losses(logits: list[Tensor], reduction: int) -> list[Tensor]:
         return [torch.empty_like(t) for t in logits]
     shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
     return [logits[0].new_empty(shape, dtype=accumulation_dtype(logits[0].dtype))]
-
-
-def register_shapes(namespace: str) -> None:
-    """Registers the shape ("fake") functions of the operators in a namespace."""
-
-    def label_codes(
-        labels: list[Tensor],
-        logits: list[Tensor],
-        num_classes: int,
-        background: int,
-        ignore: int,
-        count: int,
-        least: float,
-    ) -> tuple[Tensor, Tensor]:
-        anchors = sum(t.numel() // num_classes for t in logits)
-        codes = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
-        shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: (images(logits[0]),)}.get(count, ())
-        return codes, logits[0].new_empty(shape, dtype=torch.float64)
-
-    def gradients(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
-        return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(logits, needs_grad, strict=False)]
-
-    # *options ends with num_classes, reduction, needs_grad.
-    def focal_loss(logits: list[Tensor], *options: Any) -> tuple[list[Tensor], list[Tensor]]:
-        return new_losses(logits, options[-2]), gradients(logits, options[-1]) if any(options[-1]) else []
-
-    def focal_loss_(logits: list[Tensor], losses: list[Tensor], *options: Any) -> None:
-        return None
-
-    def focal_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *options: Any) -> list[Tensor]:
-        return gradients(logits, options[-1])
-
-    def scale_gradients(grads: list[Tensor], grad_output: Tensor, reduction: int) -> list[Tensor]:
-        return [torch.empty_like(t) for t in grads]
-
-    def scale_gradients_(grads: list[Tensor], grad_output: Tensor, reduction: int) -> None:
-        return None
-
-    no_autograd = torch.library.Library(namespace, "IMPL", "Autograd")
-    for fake in (label_codes, focal_loss, focal_loss_, focal_loss_backward, scale_gradients, scale_gradients_):
-        torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
-        # autograd.py records what is to be differentiated: no operator is recorded by itself.
-        no_autograd.impl(fake.__name__, torch.library.fallthrough_kernel)
-    _libraries.append(no_autograd)
-
-
-_libraries: list[torch.library.Library] = []  # registrations last as long as these
-register_shapes("fastfocal")
 
 
 def build_info() -> dict[str, Any]:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfocal import labels as label_conventions
+
 __all__ = ["FastFocalLoss", "FastFocalLossStar", "focal_loss", "focal_loss_star", "sigmoid_focal_loss"]
 
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -31,6 +33,7 @@ def focal_loss(
     num_classes: int | None = None,
     alpha: float | Sequence[float] | Tensor | None = 0.25,
     gamma: float = 2.0,
+    labels: str | None = None,
     background_index: int | None = None,
     ignore_index: int = -1,
     weight: Tensor | Sequence[Tensor] | None = None,
@@ -92,6 +95,7 @@ def focal_loss(
         targets,
         num_classes=num_classes,
         alpha=alpha,
+        labels=labels,
         background_index=background_index,
         ignore_index=ignore_index,
         weight=weight,
@@ -111,6 +115,7 @@ def focal_loss_star(
     alpha: float | Sequence[float] | Tensor | None = 0.25,
     gamma: float = 2.0,
     beta: float = 1.0,
+    labels: str | None = None,
     background_index: int | None = None,
     ignore_index: int = -1,
     weight: Tensor | Sequence[Tensor] | None = None,
@@ -136,6 +141,7 @@ def focal_loss_star(
         targets,
         num_classes=num_classes,
         alpha=alpha,
+        labels=labels,
         background_index=background_index,
         ignore_index=ignore_index,
         weight=weight,
@@ -154,6 +160,7 @@ def _pyramid_loss(
     *,
     num_classes: int | None,
     alpha: float | Sequence[float] | Tensor | None,
+    labels: str | None,
     background_index: int | None,
     ignore_index: int,
     weight: Tensor | Sequence[Tensor] | None,
@@ -166,6 +173,7 @@ def _pyramid_loss(
     """term(logits, dense targets), weighted, over all levels; arguments as above."""
     levels = [logits] if isinstance(logits, Tensor) else list(logits)
     target_list = [targets] if isinstance(targets, Tensor) else list(targets)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
     _check_levels(levels)
     _check_options(len(levels), level_weights, reduction, grad_mode)
     _check_no_grad(targets=targets, weight=weight, normalizer=normalizer, alpha=alpha)
@@ -181,8 +189,8 @@ def _pyramid_loss(
             dense.append(_flatten(target, num_classes))
             ignored.append(torch.zeros_like(dense[-1][..., 0], dtype=torch.bool))
     else:
-        for index, labels in enumerate(_split_per_level("targets", targets, levels, num_classes)):
-            one_hot, ignore = _one_hot(labels, num_classes, background_index, ignore_index, index)
+        for index, label in enumerate(_split_per_level("targets", targets, levels, num_classes)):
+            one_hot, ignore = _one_hot(label, num_classes, background_index, ignore_index, index)
             dense.append(one_hot)
             ignored.append(ignore)
 
@@ -229,6 +237,7 @@ class FastFocalLoss(nn.Module):
         *,
         alpha: float | Sequence[float] | Tensor | None = 0.25,
         gamma: float = 2.0,
+        labels: str | None = None,
         background_index: int | None = None,
         ignore_index: int = -1,
         level_weights: Sequence[float] | Tensor | None = None,
@@ -250,8 +259,7 @@ class FastFocalLoss(nn.Module):
         self.num_classes = num_classes
         self.alpha = alpha
         self.gamma = gamma
-        self.background_index = background_index
-        self.ignore_index = ignore_index
+        self.background_index, self.ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
         self.level_weights = level_weights
         self.label_smoothing = label_smoothing
         self.detach_modulating_factor = detach_modulating_factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def use_operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def use(namespace: str) -> None:
         if namespace not in registered:
-            fastfocal.ops.register_shapes(namespace)
+            fastfocal.registration.register(namespace)
             registered.add(namespace)
         monkeypatch.setattr(fastfocal.ops, "operators", getattr(torch.ops, namespace))
 
@@ -28,12 +28,34 @@ def use_operators(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @pytest.fixture(params=[*NATIVE, "cuda_on_host"])
-def backend(request: pytest.FixtureRequest, use_operators: Callable[[str], None]) -> Backend:
+def backend(request: pytest.FixtureRequest, use_operators: Callable[[str], None]) -> Iterator[Backend]:
     if request.param == "cuda_on_host":
         importlib.import_module("cuda_on_host.build").load()
         use_operators("fastfocal_on_host")
-        return Backend("cuda_on_host", torch.device("cpu"), slow=True)
-    return Backend(request.param, torch.device(request.param))
+        yield Backend("cuda_on_host", torch.device("cpu"), slow=True)
+        return
+    yield Backend(request.param, torch.device(request.param))
+    if request.param == "cuda":
+        torch.cuda.synchronize()  # what went wrong in a kernel shows here, and not in a later test
+
+
+def context_is_lost() -> bool:
+    """Whether an error has ended the process' CUDA context: each later call would give that error again."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and context_is_lost():
+        item.session.shouldstop = f"the CUDA context is lost since {item.nodeid}"
+    return report
 
 
 @pytest.fixture

@@ -231,19 +231,6 @@ def test_create_graph_raises(targets: str, mode: str, generator: torch.Generator
         torch.autograd.grad(loss, inputs, create_graph=True)
 
 
-@pytest.mark.parametrize("how", ["dual", "jvp"])
-def test_forward_mode_raises(how: str, generator: torch.Generator) -> None:
-    """Until it is there: a tangent of zero would be a wrong number."""
-    x = torch.randn(4, 3, generator=generator)
-    labels = torch.tensor([0, 1, 3, -1])
-    with pytest.raises(RuntimeError, match="forward-mode derivatives of the focal loss are not supported"):
-        if how == "jvp":
-            torch.func.jvp(lambda t: fastfocal.focal_loss(t, labels), (x,), (x,))
-        else:
-            with torch.autograd.forward_ad.dual_level():
-                fastfocal.focal_loss(torch.autograd.forward_ad.make_dual(x, x), labels)
-
-
 def test_frozen_logits_give_a_loss_without_history(generator: torch.Generator) -> None:
     levels, labels = tiny(generator)
     loss = focal_loss(levels, labels, num_classes=3)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
+import warnings
+from typing import Any
 
 import pytest
 import torch
-from cases import Backend, assert_names, same_bits
+from cases import Backend, assert_names, encode, same_bits
 from torch import Tensor
 
-from fastfocal import focal_loss
+import fastfocal
+from fastfocal import FastFocalLoss, focal_loss
+from fastfocal.labels import CONVENTIONS, NoBackground
 
 N, K, A = 2, 4, 2
 CELLS = ((3, 5), (2, 2))
@@ -57,7 +62,8 @@ def test_label_out_of_range_on_cpu(name: str, form: str, mode: str) -> None:
     given = [x.requires_grad_().clone() for x in logits()]
     with pytest.raises(ValueError) as caught:
         focal_loss(given, targets, num_classes=K, grad_mode=mode)
-    assert_names(str(caught.value), "targets", "level 1", 1, 6, value)
+    position = "[1, 36]" if form == "one" else "[1, 6]"  # in the tensor that was given: 30 anchors are level 0's
+    assert_names(str(caught.value), "targets", "level 1", "image 1", position, value)
     assert all(same_bits(x, y) for x, y in zip(given, logits(), strict=True))
 
 
@@ -114,3 +120,120 @@ def test_ignored_labels_are_not_checked_as_classes(backend: Backend) -> None:
     targets = [torch.full_like(y, -(2**62)).to(backend.device) for y in labels()]
     loss = focal_loss(logits(backend.device), targets, num_classes=K, ignore_index=-(2**62))
     assert loss.item() == 0
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "torchvision": (-1, -2),
+    "effdet": (-1, -2),
+    "detectron2": (None, -1),
+    "mmdet": (None, -1),
+    "kuangliu": (0, -1),
+    "segmentation": (None, 255),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_its_two_indices(preset: str) -> None:
+    assert set(CONVENTIONS) == set(PRESETS)
+    background, ignored = PRESETS[preset]
+    drawn = [torch.randint(-2, K, y.shape, generator=torch.Generator().manual_seed(i)) for i, y in enumerate(labels())]
+    given = encode(drawn, K, background, ignored)
+    options: dict[str, Any] = {"background_index": background, "ignore_index": ignored}
+    for name in ("focal_loss", "focal_loss_star"):
+        for owner in (fastfocal, fastfocal.reference):
+            function = getattr(owner, name)
+            want = function(logits(), given, num_classes=K, **options)
+            assert same_bits(function(logits(), given, num_classes=K, labels=preset), want)
+    for name in ("FastFocalLoss", "FastFocalLossStar"):
+        for owner in (fastfocal, fastfocal.reference):
+            module = getattr(owner, name)
+            want = module(K, **options)(logits(), given)
+            assert same_bits(module(K, labels=preset)(logits(), given), want)
+
+
+@pytest.mark.parametrize("options", [{"background_index": 0}, {"ignore_index": 255}])
+def test_a_preset_beside_an_index_is_refused(options: dict[str, int]) -> None:
+    (name,) = options
+    for call in (
+        lambda: focal_loss(logits(), labels(), num_classes=K, labels="mmdet", **options),
+        lambda: FastFocalLoss(K, labels="mmdet", **options),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"labels: 'mmdet' says what {name} says; expected one of the two, got both"
+        ):
+            call()
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"labels: expected one of 'torchvision', .*, got 'coco'"):
+        focal_loss(logits(), labels(), num_classes=K, labels="coco")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "value, preset",
+    [(-2, 'labels="torchvision" takes it for ignored'), (255, 'labels="segmentation" takes it for ignored')],
+)
+def test_the_error_names_the_preset_that_would_fit(value: int, preset: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(preset)):
+        focal_loss(logits(), bad_labels(value, torch.int64, "list"), num_classes=K)
+
+
+def test_the_error_names_no_preset_where_none_fits() -> None:
+    with pytest.raises(ValueError) as caught:
+        focal_loss(logits(), bad_labels(1000, torch.int64, "list"), num_classes=K)
+    assert "labels=" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", ["nhwa", "nm"])
+def test_the_position_is_that_in_the_tensor_that_was_given(shape: str) -> None:
+    given = bad_labels(1000, torch.int64, "list")
+    if shape == "nhwa":
+        given = [y.reshape(N, h, w, A) for y, (h, w) in zip(given, CELLS, strict=True)]
+    with pytest.raises(
+        ValueError, match=r"targets\[1\]: label 1000 at " + re.escape("[1, 1, 1, 0]" if shape == "nhwa" else "[1, 6]")
+    ):
+        focal_loss(logits(), given, num_classes=K)
+
+
+# --- -1 for background under the default ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastfocal.labels, "no_background", NoBackground())
+
+
+def warned(targets: list[Tensor], **options: Any) -> int:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            focal_loss(logits(), targets, num_classes=K, **options)
+    return sum("labels are -1, which means ignored here" in str(w.message) for w in caught)
+
+
+@pytest.mark.usefixtures("watching")
+def test_background_that_counts_as_ignored_is_warned_of_once() -> None:
+    mostly_minus_one = [torch.where(y > 2, y.clamp(max=K - 1), -1) for y in labels()]
+    assert warned(mostly_minus_one) == 1
+
+
+@pytest.mark.usefixtures("watching")
+@pytest.mark.parametrize(
+    "options", [{"labels": "torchvision"}, {"background_index": -5}, {"ignore_index": 255, "background_index": -1}]
+)
+def test_whoever_says_what_minus_one_is_hears_nothing(options: dict[str, Any]) -> None:
+    assert warned([torch.where(y > 2, y.clamp(max=K - 1), -1) for y in labels()], **options) == 0
+
+
+@pytest.mark.usefixtures("watching")
+def test_labels_with_background_are_not_warned_of() -> None:
+    with_background = [torch.where(y > 2, y, -1) for y in labels()]
+    assert any(bool((y == K).any()) for y in with_background)
+    assert warned(with_background) == 0
+
+
+@pytest.mark.usefixtures("watching")
+def test_few_ignored_are_not_warned_of() -> None:
+    assert warned([torch.where(y == 0, -1, y.clamp(max=K - 1)) for y in labels()]) == 0

@@ -8,13 +8,17 @@ import io
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import Size, draw_classes, draw_levels, encode, leaves, same_bits
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfocal
-from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, focal_loss_star
+from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, focal_loss_star, functional
+from fastfocal.functional import quotient
 
 SIZE = Size(2, 2, 5, ((5, 3), (2, 1)))
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -170,7 +174,7 @@ def test_alpha_is_copied() -> None:
     alpha.fill_(0.9)
     assert same_bits(criterion(levels, labels), before)
     criterion.num_classes = 4
-    with pytest.raises(ValueError, match=r"^alpha: expected one number a class, 4 of them, got 5"):
+    with pytest.raises(ValueError, match=r"^alpha: expected one number per class, 4 of them, got 5"):
         criterion([torch.randn(2, 4, 3, 3)], [torch.zeros(2, 9, dtype=torch.int64)])
 
 
@@ -203,7 +207,7 @@ def test_what_comes_later_says_so(option: dict[str, Any]) -> None:
 def test_signatures() -> None:
     """Names, defaults and which arguments are by keyword alone: what callers may rely on."""
     empty = inspect.Parameter.empty
-    common = {"alpha": 0.25, "gamma": 2.0, "background_index": None, "ignore_index": -1}
+    common = {"alpha": 0.25, "gamma": 2.0, "labels": None, "background_index": None, "ignore_index": -1}
     late = {
         "label_smoothing": 0.0,
         "detach_modulating_factor": False,
@@ -225,6 +229,21 @@ def test_signatures() -> None:
     assert forward["weight"].default is None and forward["normalizer"].default is None
 
 
+def test_representation_shows_what_is_not_the_default() -> None:
+    assert repr(FastFocalLoss(80)) == "FastFocalLoss(num_classes=80)"
+    for name, options in OPTIONS.items():
+        shown = repr(FastFocalLoss(5, **options))
+        for option, value in options.items():
+            assert f"{option}=" in shown, name
+            if not isinstance(value, (torch.Tensor, list)):
+                assert f"{option}={value!r}" in shown
+        assert shown.count("=") == 1 + len(options)
+    assert "alpha=[0.1, 0.2, 0.3, 0.4, ...]" in repr(FastFocalLoss(5, **OPTIONS["alpha_list"]))
+    assert repr(FastFocalLossStar(3, beta=0.5)) == "FastFocalLossStar(num_classes=3, beta=0.5)"
+    shown = repr(FastFocalLoss(80, labels="torchvision"))
+    assert shown == "FastFocalLoss(num_classes=80, background_index=-1, ignore_index=-2)"
+
+
 def test_public_names() -> None:
     for name in ("focal_loss", "FastFocalLoss", "sigmoid_focal_loss", "build_info", "reference", "__version__"):
         assert hasattr(fastfocal, name), name
@@ -242,3 +261,186 @@ def test_package_is_typed() -> None:
     from importlib.resources import files
 
     assert files("fastfocal").joinpath("py.typed").is_file()
+
+
+# --- alpha for each class, whatever happens to the module -------------------------------------------------------------
+
+ALPHA = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def through_meta(criterion: FastFocalLoss) -> nn.Module:
+    return criterion.to("meta").to_empty(device="cpu")
+
+
+def as_fully_sharded(criterion: FastFocalLoss) -> nn.Module:
+    """As FSDP gives memory to modules made on the meta device: each by itself, then `reset_parameters` where there is one."""
+    for module in nn.Sequential(criterion.to("meta")).modules():
+        module.to_empty(device="cpu", recurse=False)
+        getattr(module, "reset_parameters", lambda: None)()
+    return criterion
+
+
+MOVES: dict[str, Any] = {
+    "to_empty": through_meta,
+    "fully_sharded": as_fully_sharded,
+    "half": lambda criterion: criterion.half(),
+    "double": lambda criterion: criterion.double(),
+    "to": lambda criterion: criterion.to("cpu", torch.bfloat16),
+    "apply": lambda criterion: criterion.apply(lambda module: None),
+    "deepcopy": copy.deepcopy,
+    "deepcopy_of_meta": lambda criterion: copy.deepcopy(criterion.to("meta")).to_empty(device="cpu"),
+    "pickle": lambda criterion: pickle.loads(pickle.dumps(criterion)),
+    "share_memory": lambda criterion: criterion.share_memory(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("given", ["list", "tensor", "buffer", "parameter", "numpy"])
+def test_alpha_for_each_class_is_what_was_given(given: str, move: str) -> None:
+    values = torch.tensor(ALPHA)
+    alpha: Any = {
+        "list": ALPHA,
+        "tensor": values,
+        "buffer": nn.Buffer(values),
+        "parameter": nn.Parameter(values, requires_grad=False),
+        "numpy": values.numpy(),
+    }[given]
+    criterion = MOVES[move](FastFocalLoss(5, alpha=alpha))
+    levels, labels = problem()
+    want = focal_loss(levels, labels, num_classes=5, alpha=ALPHA if given == "list" else values)
+    assert same_bits(criterion(levels, labels), want)
+    assert criterion.alpha.dtype == torch.float64 and not criterion.state_dict()
+    assert not list(criterion.parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, nn.Buffer, lambda x: nn.Parameter(x, requires_grad=False)])
+def test_alpha_set_later(kind: Any) -> None:
+    levels, labels = problem()
+    criterion = FastFocalLoss(5)
+    for alpha in (ALPHA, ALPHA[::-1]):
+        values = torch.tensor(alpha)
+        criterion.alpha = values if kind is torch.tensor else kind(values)
+        assert same_bits(criterion(levels, labels), focal_loss(levels, labels, num_classes=5, alpha=values))
+        assert not list(criterion.parameters()) and len(list(criterion.buffers())) == 1
+    criterion.alpha = 0.5
+    assert same_bits(criterion(levels, labels), focal_loss(levels, labels, num_classes=5, alpha=0.5))
+    assert not list(criterion.buffers())
+
+
+@pytest.mark.parametrize("where", ["constructor", "attribute"])
+def test_alpha_that_requires_a_gradient_is_refused(where: str) -> None:
+    learned = nn.Parameter(torch.tensor(ALPHA))
+    with pytest.raises(ValueError, match="alpha: is not differentiated, expected requires_grad=False"):
+        if where == "constructor":
+            FastFocalLoss(5, alpha=learned)
+        else:
+            FastFocalLoss(5).alpha = learned
+
+
+def test_alpha_without_data_is_refused() -> None:
+    with torch.device("meta"):
+        FastFocalLoss(5, alpha=ALPHA)  # numbers are numbers
+    with pytest.raises(ValueError, match=r"alpha: expected numbers, got a tensor without data \(device meta\)"):
+        FastFocalLoss(5, alpha=torch.tensor(ALPHA, device="meta"))
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    levels, labels = problem()
+    for kind in (np.float32, np.float64, np.float16):
+        options: dict[str, Any] = {"alpha": kind(0.5), "gamma": kind(1.5), "label_smoothing": kind(0.25)}
+        options |= {
+            "level_weights": np.array([1.0, 2.0], dtype=kind),
+            "loss_weight": kind(2.0),
+            "normalizer": kind(4.0),
+        }
+        plain = {name: float(value) for name, value in options.items() if name != "level_weights"}
+        want = focal_loss(levels, labels, num_classes=5, level_weights=[1.0, 2.0], **plain)
+        assert same_bits(focal_loss(levels, labels, num_classes=np.int64(5), **options), want)
+        assert same_bits(FastFocalLoss(np.int32(5), **options)(levels, labels), want)
+    indices = {"background_index": np.int64(5), "ignore_index": np.int16(-1)}
+    assert same_bits(focal_loss(levels, labels, num_classes=5, **indices), focal_loss(levels, labels, num_classes=5))
+    star = focal_loss_star(levels, labels, num_classes=5, gamma=np.float32(2), beta=np.float32(1))
+    assert same_bits(star, focal_loss_star(levels, labels, num_classes=5, gamma=2.0, beta=1.0))
+
+
+# --- nothing is copied from the host ----------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Records tensors that are made on the host while others are on a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.from_host: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        got = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if any(t.device.type == "meta" for t in got) and any(t.device.type == "cpu" for t in given):
+            self.from_host.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("normalizer", [torch.tensor(3.0), torch.tensor(3)], ids=str)
+def test_a_normalizer_on_the_host_is_not_copied(normalizer: torch.Tensor) -> None:
+    """A copy from the host waits for it, and a CUDA graph that is captured refuses it. The device here is "meta"."""
+    levels, labels = problem()
+    with Copies() as copies:
+        focal_loss([x.to("meta") for x in levels], [y.to("meta") for y in labels], num_classes=5, normalizer=normalizer)
+    assert "aten::_to_copy" in copies.from_host  # those of logits and labels: it sees them
+    with Copies() as copies:
+        on_device = [x.to("meta") for x in levels], [y.to("meta") for y in labels]
+        copies.from_host.clear()
+        focal_loss(*on_device, num_classes=5, normalizer=normalizer)
+    assert copies.from_host == []
+
+
+def test_numbers_for_each_class_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Any] = []
+    make = functional.make_weights_of_classes
+
+    def counted(*args: Any) -> torch.Tensor:
+        copied.append(args)
+        return make(*args)
+
+    monkeypatch.setattr(functional, "make_weights_of_classes", counted)
+    levels, labels = problem()
+    alpha = [0.12, 0.34, 0.56, 0.78, 0.9]
+    for _ in range(3):
+        focal_loss(levels, labels, num_classes=5, alpha=alpha)
+    assert len(copied) == 1
+    focal_loss([x.double() for x in levels], labels, num_classes=5, alpha=alpha)
+    assert len(copied) == 2
+
+
+def test_a_normalizer_on_the_host_divides_as_a_tensor_does() -> None:
+    """On another device than the logits it is a number; 0, inf and NaN divide as they do in a tensor."""
+    for value in (4.0, 0.0, -0.0, float("inf"), float("nan"), -2.0):
+        for weight in (3.0, 0.0, -1.0):
+            want = torch.tensor(weight, dtype=torch.float64) / torch.tensor(value, dtype=torch.float64)
+            got = torch.tensor(quotient(weight, value), dtype=torch.float64)
+            assert torch.equal(got.isnan(), want.isnan()) and (got.isnan() or torch.equal(got, want))
+
+
+def test_alpha_remembered_is_not_mixed_up() -> None:
+    """Kept by value and dtype, ordinary whatever mode it was first made in."""
+    levels, labels = problem()
+    alpha = [0.11, 0.22, 0.33, 0.44, 0.55]
+    with torch.inference_mode():
+        focal_loss(levels, labels, num_classes=5, alpha=alpha)
+    for dtype in (torch.float32, torch.float64, torch.float16):
+        inputs = [x.to(dtype).requires_grad_() for x in levels]
+        loss = focal_loss(inputs, labels, num_classes=5, alpha=alpha, grad_mode="recompute")
+        loss.backward()
+        tensor = focal_loss(inputs, labels, num_classes=5, alpha=torch.tensor(alpha, dtype=torch.float64))
+        assert same_bits(loss, tensor)
+    with FakeTensorMode():
+        focal_loss(
+            [torch.empty(2, 10, 5, 3)], torch.zeros(2, 30).long(), num_classes=5, alpha=[0.2, 0.2, 0.2, 0.2, 0.3]
+        )
+    alpha = [0.2, 0.2, 0.2, 0.2, 0.3]
+    assert same_bits(
+        focal_loss(levels, labels, num_classes=5, alpha=alpha),
+        focal_loss(levels, labels, num_classes=5, alpha=torch.tensor(alpha, dtype=torch.float64)),
+    )

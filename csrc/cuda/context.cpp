@@ -32,14 +32,17 @@ Context::Context(const torch::stable::Tensor& like)
   static const GetStream get_stream = find_get_stream();
   STD_TORCH_CHECK(get_stream != nullptr, "fastfocal: this torch has no CUDA");
   guard_.reset(new DeviceGuard(device));
+  // That is torch's CUDA runtime. The one linked into this module has a current device of its own, for each thread; nobody
+  // else uses it, so it needs no restoring. What both share, the driver's current context, has to end as torch left it, and
+  // does: the guard goes last. Restoring ours would make another device's context current beneath torch, or create one there.
+  check(cudaSetDevice(device));
   void* current = nullptr;
   TORCH_ERROR_CODE_CHECK(get_stream(device, &current));
   stream = static_cast<cudaStream_t>(current);
   static std::atomic<int> known[kMaxDevices];
   multiprocessors = device < kMaxDevices ? known[device].load(std::memory_order_relaxed) : 0;
   if (multiprocessors == 0) {
-    const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    STD_TORCH_CHECK(error == cudaSuccess, "fastfocal: ", cudaGetErrorString(error));
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     if (device < kMaxDevices) known[device].store(multiprocessors, std::memory_order_relaxed);
   }
 }

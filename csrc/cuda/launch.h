@@ -5,8 +5,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "../call.h"
 #include "context.h"
@@ -15,10 +13,6 @@ namespace fastfocal::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fastfocal: CUDA: ") + cudaGetErrorString(error));
-}
 
 // Blocks that fill the device once. Asked of the driver once for each kernel and device.
 template <class... P>

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal.compat.conventions import ZERO_BACKGROUND
+from fastfocal.functional import Normalizer
 
 
 class FocalLoss(nn.Module):
@@ -66,7 +67,7 @@ class FocalLoss(nn.Module):
         return boxes / count + self._classification(cls_preds, cls_targets, "positives", self.star)
 
     def _classification(
-        self, logits: Tensor | Sequence[Tensor], labels: Tensor, normalizer: str | None, star: bool
+        self, logits: Tensor | Sequence[Tensor], labels: Tensor, normalizer: Normalizer, star: bool
     ) -> Tensor:
         function = fastfocal.focal_loss_star if star else fastfocal.focal_loss
         loss = function(

@@ -462,8 +462,14 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "invalid configuration argument";
     case cudaErrorNotSupported:
       return "operation not supported";
+    default:
+      return "unrecognized error code";
   }
-  return "unrecognized error code";
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {

@@ -1,6 +1,6 @@
 """Calls that take every kernel's every way once, for tools that watch them (tests/gpu.sh): no test of what they compute.
 
-Small ones, for compute-sanitizer; --large: calls at 800x1344 in two dtypes and both layouts, for a profiler.
+Small ones, for compute-sanitizer, in parts that run beside each other; --large: calls at 800x1344, for a profiler.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 import fastfocal
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+ORDERS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 K, A = 5, 3
 CELLS = ((9, 13), (4, 7), (1, 1), (0, 3))  # odd, shorter than a vector, one cell, empty
 
@@ -56,26 +58,29 @@ def call(levels: list[Tensor], labels: Tensor, k: int, **chosen: Any) -> None:
         (3 * total).backward()  # an incoming gradient that is not 1
 
 
-def small(device: str) -> int:
+def small(dtype: torch.dtype, device: str) -> int:
     calls = 0
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        for order in (torch.contiguous_format, torch.channels_last):
-            levels, labels = pyramid(2, CELLS, A, K, device)
-            levels = [x.to(dtype, memory_format=order) for x in levels]
-            for chosen in options(labels, levels, K):
-                call(levels, labels, K, **chosen)
+    for order in ORDERS.values():
+        levels, labels = pyramid(2, CELLS, A, K, device)
+        levels = [x.to(dtype, memory_format=order) for x in levels]
+        for chosen in options(labels, levels, K):
+            call(levels, labels, K, **chosen)
+            calls += 1
+        # Tiles that are whole, read as vectors and not; a block takes several tiles where the device is small.
+        levels, labels = pyramid(2, ((32, 36), (16, 16)), 3, 16, device)
+        for shifted in (False, True):
+            given = [off_the_grid(x.to(dtype, memory_format=order), shifted) for x in levels]
+            for gamma in (2.0, 1.5):
+                call(given, labels, 16, gamma=gamma)
                 calls += 1
-            # Tiles that are whole, read as vectors and not; a block takes several tiles where the device is small.
-            levels, labels = pyramid(2, ((32, 36), (16, 16)), 3, 16, device)
-            for shifted in (False, True):
-                given = [off_the_grid(x.to(dtype, memory_format=order), shifted) for x in levels]
-                for gamma in (2.0, 1.5):
-                    call(given, labels, 16, gamma=gamma)
-                    calls += 1
+    return calls
+
+
+def other(device: str) -> int:
+    """Sizes out of the ordinary, and the other formula."""
     for k in (1, 80, 40000):  # one plane; a plane for each class; codes of 32 bits
         levels, labels = pyramid(1, ((2, 3),), 1, k, device)
         call(levels, labels, k)
-        calls += 1
     many, labels = pyramid(2, ((3, 5),) * 20, 1, K, device)  # two launches, and levels without a gradient
     mixed = [x.requires_grad_(i % 3 > 0) for i, x in enumerate(many)]
     fastfocal.focal_loss(mixed, labels, num_classes=K, reduction="level").sum().backward()
@@ -83,25 +88,33 @@ def small(device: str) -> int:
     # More tiles than any GPU holds blocks at once: shared memory is used again and again.
     huge, labels = pyramid(1, ((128, 160),), 9, 64, device)
     call([x.to(torch.bfloat16) for x in huge], labels, 64)
-    return calls + 3
+    return 6
 
 
-def large(device: str) -> int:
-    for dtype in (torch.bfloat16, torch.float32):
+def large(dtypes: list[str], orders: list[str], device: str) -> int:
+    for name in dtypes:
         levels, labels = pyramid(2, ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11)), 9, 80, device)
         labels = torch.where(torch.rand(labels.shape, device=device) < 0.98, 80, labels)
-        for order in (torch.contiguous_format, torch.channels_last):
-            call([x.to(dtype, memory_format=order) for x in levels], labels, 80)
-    return 4
+        for order in orders:
+            call([x.to(DTYPES[name], memory_format=ORDERS[order]) for x in levels], labels, 80)
+    return len(dtypes) * len(orders)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--part", choices=[*DTYPES, "other"], help="of the small calls; default: all")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--order", choices=ORDERS, help="of the large calls; default: both")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the large calls; default: bfloat16 and float32")
     chosen = parser.parse_args()
     torch.manual_seed(0)
-    calls = (large if chosen.large else small)(chosen.device)
+    if chosen.large:
+        dtypes = [chosen.dtype] if chosen.dtype else ["bfloat16", "float32"]
+        calls = large(dtypes, [chosen.order] if chosen.order else list(ORDERS), chosen.device)
+    else:
+        parts = [chosen.part] if chosen.part else [*DTYPES, "other"]
+        calls = sum(other(chosen.device) if part == "other" else small(DTYPES[part], chosen.device) for part in parts)
     if chosen.device != "cpu":
         torch.cuda.synchronize()
     print(f"{calls} calls on {chosen.device}")

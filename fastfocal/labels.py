@@ -1,0 +1,131 @@
+"""Label conventions: which labels are no class, by the project that uses them, and what is said of labels that fit none."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DEFAULT_IGNORE_INDEX = -1
+
+
+class Convention(NamedTuple):
+    """The labels that are no class. With background 0 the classes are 1..K, else 0..K-1."""
+
+    background: int | None  # None: K
+    ignored: int
+
+
+# The argument `labels`.
+CONVENTIONS = {
+    "torchvision": Convention(background=-1, ignored=-2),
+    "detectron2": Convention(background=None, ignored=-1),
+    "mmdet": Convention(background=None, ignored=-1),
+    "effdet": Convention(background=-1, ignored=-2),
+    "kuangliu": Convention(background=0, ignored=-1),
+    "segmentation": Convention(background=None, ignored=255),
+}
+
+
+def resolve(labels: str | None, background_index: int | None, ignore_index: int) -> tuple[int | None, int]:
+    """background_index and ignore_index, of the preset where one is named.
+
+    Raises:
+        ValueError: there is no such preset, or it is given beside one of the two.
+    """
+    if labels is None:
+        return background_index, ignore_index
+    if not isinstance(labels, str) or labels not in CONVENTIONS:
+        raise ValueError(f"labels: expected one of {', '.join(map(repr, CONVENTIONS))} or None, got {labels!r}")
+    if background_index is not None or ignore_index != DEFAULT_IGNORE_INDEX:
+        given = "background_index" if background_index is not None else "ignore_index"
+        raise ValueError(f"labels: {labels!r} says what {given} says; expected one of the two, got both")
+    return CONVENTIONS[labels]
+
+
+def meaning(label: int, convention: Convention, num_classes: int) -> str | None:
+    """What a label is by a convention; None: nothing."""
+    background = num_classes if convention.background is None else convention.background
+    if label == convention.ignored:
+        return "ignored"
+    if label == background:
+        return "background"
+    first = 1 if background == 0 else 0
+    return "a class" if first <= label < num_classes + first else None
+
+
+def first_bad_label(
+    targets: list[Tensor], anchors: list[int], num_classes: int, background: int, ignored: int
+) -> tuple[int, int, tuple[int, ...], int] | None:
+    """(level, image, position in the tensor that was given, the label) of the first label that is none of the three.
+
+    targets: one tensor per level, or one over all levels, as the caller gave them.
+    """
+    convention = Convention(background, ignored)
+    first = 1 if background == 0 else 0
+    ends = np.cumsum(anchors)
+    for index, t in enumerate(targets):
+        values = t.detach().cpu().numpy()
+        fine = (values >= first) & (values < num_classes + first) | (values == background) | (values == ignored)
+        if fine.all():
+            continue
+        at = tuple(int(i) for i in np.argwhere(~fine)[0])
+        assert meaning(int(values[at]), convention, num_classes) is None
+        together = len(targets) == 1 and len(anchors) > 1
+        level = int(np.searchsorted(ends, at[-1], side="right")) if together else index
+        image = at[0] if values.ndim > 1 else 0
+        return level, image, at, int(values[at])
+    return None
+
+
+def describe_bad_label(
+    targets: list[Tensor], together: bool, anchors: list[int], num_classes: int, background: int, ignored: int
+) -> str | None:
+    found = first_bad_label(targets, anchors, num_classes, background, ignored)
+    if found is None:
+        return None
+    level, image, at, label = found
+    name = "targets" if together else f"targets[{level}]"
+    first = 1 if background == 0 else 0
+    message = (
+        f"{name}: label {label} at {list(at)} (level {level}, image {image}); expected one of the classes "
+        f"{first}..{num_classes - 1 + first}, background_index {background} or ignore_index {ignored}"
+    )
+    fitting = [
+        f'labels="{preset}" takes it for {what}'
+        for preset, convention in CONVENTIONS.items()
+        if (what := meaning(label, convention, num_classes)) is not None
+        and (background, ignored) != (num_classes if convention[0] is None else convention[0], convention[1])
+    ]
+    return message + (f". {'; '.join(fitting)}" if fitting else "")
+
+
+class NoBackground:
+    """Warns once where labels look as if -1 meant background, which the default takes for ignored.
+
+    That costs a pass over the labels, so only the first calls are looked at; labels on a device are not, as it would wait.
+    """
+
+    def __init__(self, calls: int = 3) -> None:
+        self.calls_left = calls
+
+    def look(self, labels: list[Tensor], num_classes: int) -> None:
+        if self.calls_left <= 0 or labels[0].device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
+            return
+        self.calls_left -= 1
+        total = sum(t.numel() for t in labels)
+        ignored = sum(int((t == DEFAULT_IGNORE_INDEX).sum()) for t in labels)
+        if 2 * ignored <= total or any(bool((t == num_classes).any()) for t in labels):
+            return
+        self.calls_left = 0
+        warnings.warn(
+            f"fastfocal: {ignored} of {total} labels are -1, which means ignored here, and none is background ({num_classes}). "
+            'If -1 is your background, say labels="torchvision" (background -1, ignored -2)',
+            stacklevel=4,
+        )
+
+
+no_background = NoBackground()

@@ -1,0 +1,388 @@
+"""What PyTorch is told about the operators in Python: their shapes, their derivatives, and how they meet ``vmap``.
+
+An eager call of the loss records `autograd.FocalLossFunction` itself and calls the operators below autograd: that costs least.
+Everything else (``torch.compile``, ``torch.export``, ``torch.func``, forward mode, a direct call of ``torch.ops.fastfocal``)
+meets the operators, so they carry their own derivative: `focal_loss` the true one, the others a node that raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
+
+from fastfocal.ops import (
+    COUNT_NOTHING,
+    COUNT_POSITIVES_PER_IMAGE,
+    IMAGE,
+    LEVEL,
+    NONE,
+    accumulation_dtype,
+    images,
+    new_losses,
+)
+from fastfocal.saved import describe, restore
+
+NO_SECOND_DERIVATIVE = (
+    "fastfocal: a second derivative of the focal loss (create_graph=True, torch.func.hessian) is not supported yet; "
+    "fastfocal.reference supports it"
+)
+NO_FORWARD_OVER_REVERSE = (
+    'fastfocal: forward mode over logits that require grad needs grad_mode="recompute" under torch.compile'
+)
+NO_BATCHED_GRADIENTS = (
+    "fastfocal: is_grads_batched=True is not supported; call torch.autograd.grad once for each incoming gradient, or use "
+    "torch.func.vmap over torch.func.vjp"
+)
+NO_VMAP = (
+    "fastfocal: torch.vmap over the focal loss is not supported; call it once for each entry of the mapped dimension, or make "
+    "that dimension a part of N"
+)
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+
+def label_codes(
+    labels: list[Tensor],
+    logits: list[Tensor],
+    num_classes: int,
+    background: int,
+    ignore: int,
+    count: int,
+    least: float,
+) -> tuple[Tensor, Tensor]:
+    anchors = sum(t.numel() // num_classes for t in logits)
+    codes = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
+    shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: (images(logits[0]),)}.get(count, ())
+    return codes, logits[0].new_empty(shape, dtype=torch.float64)
+
+
+def gradients_like(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
+    return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(logits, needs_grad, strict=True)]
+
+
+# *options ends with num_classes, reduction, needs_grad.
+def focal_loss(logits: list[Tensor], *options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return new_losses(logits, options[-2]), gradients_like(logits, options[-1]) if any(options[-1]) else []
+
+
+def focal_loss_(logits: list[Tensor], losses: list[Tensor], *options: Any) -> None:
+    return None
+
+
+def focal_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *options: Any) -> list[Tensor]:
+    return gradients_like(logits, options[-1])
+
+
+def scale_gradients(grads: list[Tensor], grad_output: Tensor, reduction: int) -> list[Tensor]:
+    return [torch.empty_like(t) for t in grads]
+
+
+def scale_gradients_(grads: list[Tensor], grad_output: Tensor, reduction: int) -> None:
+    return None
+
+
+SHAPES = (label_codes, focal_loss, focal_loss_, focal_loss_backward, scale_gradients, scale_gradients_)
+
+
+# --- derivatives ------------------------------------------------------------------------------------------------------
+
+
+class OperatorCall(NamedTuple):
+    """One call of an operator on its way below autograd."""
+
+    operator: Any
+    keyset: Any
+    namespace: str
+    # Of the call: what is below it may be the next level of torch.func, which differentiates by itself.
+    grad_mode: bool
+    forward_grad_mode: bool
+
+    def __call__(self, *args: Any) -> Any:
+        with (
+            torch._C._AutoDispatchBelowAutograd(),
+            torch.set_grad_enabled(self.grad_mode),
+            forward_ad._set_fwd_grad_enabled(self.forward_grad_mode),
+        ):
+            return self.operator.redispatch(self.keyset & torch._C._after_autograd_keyset, *args)
+
+
+def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
+    found = []
+    for value in args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [entry for entry in value if isinstance(entry, Tensor)]
+    return found
+
+
+class FocalLossDerivative(_SingleLevelFunction):
+    """``torch.ops.fastfocal.focal_loss`` as autograd sees it: (logits of every level) -> (losses, gradients).
+
+    Where the gradients of all levels that need one were made, they are what backward hands on; else it makes them from the
+    logits. They are results too, so whoever differentiates them hears that it cannot be done.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: OperatorCall, options: tuple[Any, ...], for_jvp: list[Any], *logits: Tensor
+    ) -> tuple[Tensor, ...]:
+        losses, gradients = call(list(logits), *options)
+        ctx.set_materialize_grads(False)
+        ctx.operators, ctx.losses = getattr(torch.ops, call.namespace), len(losses)
+        *_, ctx.reduction, made = options
+        needed = ctx.needs_input_grad[3:]
+        ctx.gradients_made = bool(gradients) and all(got for got, need in zip(made, needed, strict=True) if need)
+        if ctx.gradients_made:
+            saved = gradients
+        else:
+            saved = [*logits, *tensors_of(options)]
+            ctx.options = without_tensors(options[:-1])
+        ctx.kept = describe(saved, hooked=True)
+        ctx.save_for_backward(*saved)
+        ctx.for_jvp = for_jvp
+        if not gradients:
+            for_jvp += [list(logits), options]
+        return (*losses, *gradients)
+
+    @staticmethod
+    @torch._disable_dynamo
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
+        incoming, of_gradients = list(grad_outputs[: ctx.losses]), grad_outputs[ctx.losses :]
+        if any(g is not None for g in of_gradients):
+            raise RuntimeError(NO_SECOND_DERIVATIVE)
+        needed = [int(need) for need in ctx.needs_input_grad[3:]]
+        if all(g is None for g in incoming):
+            return (None, None, None, *[None] * len(needed))
+        for g in incoming:
+            refuse_batched(g)
+        saved = restore(ctx.saved_tensors, ctx.kept)
+        found: list[Any]
+        if not ctx.gradients_made:
+            found = FocalLossDerivative.recomputed(ctx, incoming, saved, needed)
+        elif ctx.reduction == NONE:
+            found = [
+                times(t, g) if need and g is not None else None
+                for t, g, need in zip(saved, incoming, needed, strict=True)
+            ]
+        else:
+            found = ctx.operators.scale_gradients(saved, incoming[0], ctx.reduction)
+        return (None, None, None, *(t if need else None for t, need in zip(found, needed, strict=True)))
+
+    @staticmethod
+    def recomputed(ctx: Any, incoming: list[Tensor | None], saved: list[Tensor], needed: list[int]) -> list[Tensor]:
+        logits, tensors = saved[: len(needed)], saved[len(needed) :]
+        if ctx.reduction == NONE:  # the kernel reads them in the logits' order
+            given = [
+                torch.zeros_like(t) if g is None else in_order_of(t, g) for g, t in zip(incoming, logits, strict=True)
+            ]
+        else:
+            given = [incoming[0]]  # type: ignore[list-item]
+        options = with_tensors(ctx.options, tensors)
+        return ctx.operators.focal_loss_backward(given, logits, *options, needed)  # type: ignore[no-any-return]
+
+    @staticmethod
+    @torch._disable_dynamo
+    def jvp(ctx: Any, _call: None, _options: None, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient, times the tangents of the logits."""
+        if not ctx.for_jvp:
+            raise RuntimeError(NO_FORWARD_OVER_REVERSE)
+        logits, (*options, reduction, _) = ctx.for_jvp
+        dtype = accumulation_dtype(logits[0].dtype)
+        if reduction == NONE:
+            ones = [torch.ones_like(t) for t in logits]
+        else:
+            shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
+            ones = [torch.ones(shape, dtype=dtype, device=logits[0].device)]
+        wanted = [int(t is not None) for t in tangents]
+        gradients = ctx.operators.focal_loss_backward(ones, logits, *options, reduction, wanted)
+        products = [
+            torch.zeros_like(x) if t is None else times(g, t)
+            for x, g, t in zip(logits, gradients, tangents, strict=True)
+        ]
+        if reduction == NONE:
+            return tuple(products)
+        if reduction == IMAGE:
+            n = images(logits[0])
+            return (torch.stack([p.reshape(n, -1).sum(1, dtype=dtype) for p in products]).sum(0),)
+        of_levels = torch.stack([p.sum(dtype=dtype) for p in products])
+        return (of_levels if reduction == LEVEL else of_levels.sum(),)
+
+
+def refuse_batched(grad_output: Tensor | None) -> None:
+    if grad_output is not None and torch._C._functorch.is_legacy_batchedtensor(grad_output):
+        raise RuntimeError(NO_BATCHED_GRADIENTS)
+
+
+def in_order_of(logits: Tensor, gradient: Tensor) -> Tensor:
+    """An incoming gradient in the memory order that the kernel reads both in."""
+    if gradient.stride() == logits.stride() or is_mapped(gradient):
+        return gradient
+    return torch.empty_like(logits).copy_(gradient)
+
+
+def is_mapped(t: Tensor) -> bool:
+    """Whether it holds an entry for each call that vmap makes of one; `entry_by_entry` takes them apart."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
+
+
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Their product; a gradient of exactly 0, as an ignored anchor has, stays 0 beside what is not finite."""
+    return (gradient * factor).masked_fill_(gradient == 0, 0)
+
+
+_TENSOR = object()  # a tensor's place among arguments
+
+
+def without_tensors(args: tuple[Any, ...]) -> list[Any]:
+    return [
+        _TENSOR
+        if isinstance(value, Tensor)
+        else [_TENSOR if isinstance(entry, Tensor) else entry for entry in value]
+        if isinstance(value, (list, tuple))
+        else value
+        for value in args
+    ]
+
+
+def with_tensors(args: list[Any], tensors: list[Tensor]) -> list[Any]:
+    """The arguments with their tensors back, which come in the order of `tensors_of`."""
+    left = iter(tensors)
+    return [
+        next(left)
+        if value is _TENSOR
+        else [next(left) if entry is _TENSOR else entry for entry in value]
+        if isinstance(value, list)
+        else value
+        for value in args
+    ]
+
+
+class NotDifferentiated(_SingleLevelFunction):
+    """An operator whose results, or what it wrote to, may be used but not differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, call: OperatorCall, args: tuple[Any, ...], *_: Tensor) -> tuple[Tensor, ...]:
+        results = call(*args)
+        if results is not None:
+            return tuple(results)
+        written: list[Tensor] = args[0]
+        ctx.mark_dirty(*written)
+        return tuple(written)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
+    """What the operator does where its tensors may be differentiated."""
+    operator = getattr(getattr(torch.ops, namespace), name).default
+
+    @torch._disable_dynamo  # it is called by what was compiled
+    def kernel(keyset: Any, *args: Any) -> Any:
+        grad_mode = torch.is_grad_enabled()
+        call = OperatorCall(operator, keyset, namespace, grad_mode, forward_ad._is_fwd_grad_enabled())
+        tensors = tensors_of(args)
+        if name == "focal_loss_":
+            if grad_mode and any(t.requires_grad for t in tensors):
+                raise RuntimeError(
+                    "fastfocal: the operator focal_loss_ writes over tensors that require grad, and is not differentiated; "
+                    'call fastfocal.focal_loss(..., grad_mode="inplace")'
+                )
+            return call(*args)
+        # A Function finds out by itself whether there is anything to record, and whether tangents come along.
+        with enable_single_level_autograd_function():
+            if name == "focal_loss":
+                return differentiated_focal_loss(call, *args)
+            results = NotDifferentiated.apply(call, args, *tensors)  # type: ignore[attr-defined]
+        return None if name.endswith("_") else list(results)
+
+    return kernel
+
+
+def differentiated_focal_loss(
+    call: OperatorCall, logits: list[Tensor], *options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    if call.grad_mode and any(t.requires_grad for t in tensors_of(options)):
+        raise RuntimeError("fastfocal: targets, weights and divisors are not differentiated; detach() them")
+    for_jvp: list[Any] = []
+    results = FocalLossDerivative.apply(call, options, for_jvp, *logits)  # type: ignore[attr-defined]
+    for_jvp.clear()  # it has been called by now, and the node lives on
+    losses = len(logits) if options[-2] == NONE else 1
+    return list(results[:losses]), list(results[losses:])
+
+
+# --- vmap -------------------------------------------------------------------------------------------------------------
+
+
+def one_entry(value: Any, dims: Any, index: int) -> Any:
+    if isinstance(value, Tensor):
+        return value if dims is None else value.select(dims, index)
+    if isinstance(value, (list, tuple)) and dims is not None:
+        return [one_entry(entry, dim, index) for entry, dim in zip(value, dims, strict=True)]
+    return value
+
+
+def entry_by_entry(operator: Any) -> Callable[..., Any]:
+    """A backward over many incoming gradients (``torch.func.jacrev``): one after the other."""
+
+    def entry(args: list[Any]) -> list[Tensor]:
+        if len(args) > 3 and args[-2] == NONE:  # focal_loss_backward
+            args[0] = [in_order_of(t, g) for g, t in zip(args[0], args[1], strict=True)]
+        return operator(*args)  # type: ignore[no-any-return]
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+        results = [
+            entry([one_entry(value, dims, i) for value, dims in zip(args, in_dims, strict=True)])
+            for i in range(info.batch_size)
+        ]
+        stacked = [torch.stack(entries) for entries in zip(*results, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
+def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise RuntimeError(NO_VMAP)
+
+
+# --- registration -----------------------------------------------------------------------------------------------------
+
+_libraries: list[torch.library.Library] = []  # registrations last as long as these
+
+
+def register(namespace: str) -> None:
+    """Registers all of this for the operators of a namespace."""
+    library = torch.library.Library(namespace, "IMPL")
+    for shapes in SHAPES:
+        name = shapes.__name__
+        torch.library.register_fake(f"{namespace}::{name}", shapes)
+        if name == "label_codes":  # integers: there is nothing to differentiate
+            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        else:
+            library.impl(name, autograd_kernel(namespace, name), "Autograd", with_keyset=True)
+        if name in ("focal_loss_backward", "scale_gradients"):
+            operator = getattr(getattr(torch.ops, namespace), name)
+            torch.library.register_vmap(f"{namespace}::{name}", entry_by_entry(operator))
+        else:
+            torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap)
+    _libraries.append(library)
+
+
+register("fastfocal")

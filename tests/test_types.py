@@ -1,0 +1,50 @@
+"""What type checkers and `help()` say of the public functions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pydoc
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastfocal
+
+CALLS = Path(__file__).with_name("typed_calls.py")
+ROOT = CALLS.parent.parent
+
+
+def expected() -> list[int]:
+    return [i for i, line in enumerate(CALLS.read_text().splitlines(), 1) if line.endswith("# error")]
+
+
+def test_mypy_tells_right_calls_from_wrong_ones() -> None:
+    if importlib.util.find_spec("mypy") is None:
+        pytest.skip("mypy is not installed (pip install '.[lint]')")
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--output=json", "--cache-dir=/dev/null"]
+    said = subprocess.run([*command, str(CALLS)], cwd=ROOT, capture_output=True, text=True)
+    messages = [json.loads(line) for line in said.stdout.splitlines() if line.startswith("{")]
+    found = sorted({m["line"] for m in messages if m["severity"] == "error" and Path(m["file"]).name == CALLS.name})
+    assert found == expected(), said.stdout + said.stderr
+
+
+def test_pyright_tells_right_calls_from_wrong_ones() -> None:
+    if importlib.util.find_spec("pyright") is None or shutil.which("node") is None:
+        pytest.skip("pyright, or the Node.js it runs in, is not installed (pip install '.[lint]')")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, str(CALLS)]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    messages = json.loads(said.stdout[said.stdout.index("{") :])["generalDiagnostics"]
+    found = sorted({m["range"]["start"]["line"] + 1 for m in messages if m["severity"] == "error"})
+    assert found == expected(), said.stdout + said.stderr
+
+
+@pytest.mark.parametrize("name", ["focal_loss", "focal_loss_star", "FastFocalLoss", "FastFocalLossStar"])
+def test_help_shows_types(name: str) -> None:
+    shown = pydoc.render_doc(getattr(fastfocal, name), renderer=pydoc.plaintext)
+    assert "'Levels'" not in shown and "'Tensor" not in shown
+    assert "Tensor | collections.abc.Sequence[torch.Tensor]" in shown.replace("torch.Tensor |", "Tensor |")
+    assert "'sum', 'level', 'image', 'mean'" in shown
