@@ -453,12 +453,15 @@ def sigmoid_focal_loss(
         ValueError: alpha or reduction is not one of the above, with torchvision's words.
         TypeError: targets are not floating.
     """
+    inputs, targets = arguments.as_plain("inputs", inputs), arguments.as_plain("targets", targets)
+    alpha = arguments.as_number("alpha", alpha)
     if not 0 <= alpha <= 1 and alpha != -1:
         raise ValueError(f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore.")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(
             f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: 'none', 'mean', 'sum'"
         )
+    arguments.check_floating("inputs", inputs)
     if not targets.is_floating_point():
         raise TypeError(f"targets: expected floating numbers in [0, 1], got {targets.dtype}")
     if targets.shape != inputs.shape:
