@@ -17,8 +17,10 @@ except ImportError as error:
         "fastfocal's compiled extension could not be loaded; build it with `pip install .` in the environment that has the "
         f"torch it is to run with (torch {torch.__version__} here). The loader said: {error}"
     ) from error
+from fastfocal import guards
 
-operators: Any = torch.ops.fastfocal
+# On the CPU the error that an operator words itself is torch's already.
+operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
 # Family, Reduction and Count in csrc/.
 FOCAL_LOSS, FOCAL_LOSS_STAR = range(2)
@@ -81,7 +83,7 @@ def register_shapes(namespace: str) -> None:
 
     no_autograd = torch.library.Library(namespace, "IMPL", "Autograd")
     for fake in (label_codes, focal_loss, focal_loss_, focal_loss_backward, scale_gradients, scale_gradients_):
-        torch.library.register_fake(f"{namespace}::{fake.__name__}", fake)
+        torch.library.register_fake(f"{namespace}::{fake.__name__}", guards.on_one_device(fake))
         # autograd.py records what is to be differentiated: no operator is recorded by itself.
         no_autograd.impl(fake.__name__, torch.library.fallthrough_kernel)
     _libraries.append(no_autograd)
