@@ -129,7 +129,9 @@ def focal_loss(
 
     Returns:
         float32 (float64 for float64 logits), or the logits' dtype with reduction "none". Gradients have the dtype and the
-        strides of their (dense) logits. No operation here synchronises with the host.
+        strides of their (dense) logits. A gradient of 0 (in the logits' dtype) stays 0 whatever incoming gradient it is
+        multiplied by, infinity and NaN too, in every `grad_mode`; any other gives what a multiplication gives. No operation
+        here synchronises with the host.
 
     Raises:
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A

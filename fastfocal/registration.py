@@ -16,6 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from fastfocal.guards import on_one_device, tensors_of
 from fastfocal.ops import (
     COUNT_NOTHING,
     COUNT_POSITIVES_PER_IMAGE,
@@ -111,16 +112,6 @@ class OperatorCall(NamedTuple):
             forward_ad._set_fwd_grad_enabled(self.forward_grad_mode),
         ):
             return self.operator.redispatch(self.keyset & torch._C._after_autograd_keyset, *args)
-
-
-def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
-    found = []
-    for value in args:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [entry for entry in value if isinstance(entry, Tensor)]
-    return found
 
 
 class FocalLossDerivative(_SingleLevelFunction):
@@ -372,7 +363,7 @@ def register(namespace: str) -> None:
     library = torch.library.Library(namespace, "IMPL")
     for shapes in SHAPES:
         name = shapes.__name__
-        torch.library.register_fake(f"{namespace}::{name}", shapes)
+        torch.library.register_fake(f"{namespace}::{name}", on_one_device(shapes))
         if name == "label_codes":  # integers: there is nothing to differentiate
             library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         else:
