@@ -315,13 +315,18 @@ class Interval:
         return Interval(low, high, missing, missing, dtype)
 
     def times(self, factor: Array) -> Interval:
-        """Both ends by `factor`, and rounded."""
-        exactly_zero, maybe_zero = (self.low == 0) & (self.high == 0), (self.low <= 0) & (self.high >= 0)
+        """Both ends by `factor`, and rounded.
+
+        A factor that is no number, or so large that it might make one, is multiplied with the rounded gradient in every mode.
+        """
+        apart = ~(np.abs(factor) < 2.0**50)
+        low_end, high_end = (np.where(apart, _rounded(end, self.dtype), end) for end in (self.low, self.high))
+        exactly_zero, maybe_zero = (low_end == 0) & (high_end == 0), (low_end <= 0) & (high_end >= 0)
         missing = np.isnan(factor)
         must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero))
         may_be_nan = ~exactly_zero & (self.must_be_nan | missing)
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            ends = [np.where((end == 0) | missing, 0, end * factor) for end in (self.low, self.high)]
+            ends = [np.where((end == 0) | missing, 0, end * factor) for end in (low_end, high_end)]
             low, high = np.minimum(*ends), np.maximum(*ends)
             # The product is rounded to the kernels' own precision first.
             slack = (2.0**-52 if self.dtype == torch.float64 else 2.0**-23) * np.maximum(np.abs(low), np.abs(high))

@@ -49,7 +49,8 @@ INF, NAN = float("inf"), float("nan")
         (0.0, 0.0, NAN, [0.0], [NAN]),
         (1.0, 1.0, INF, [INF], [0.0, NAN, -INF]),
         (1.0, 1.0, NAN, [NAN], [0.0, INF]),
-        (-1e-40, 1e-40, NAN, [NAN, 0.0], [INF]),  # 0 or not: both are right
+        (-1e-40, 1e-40, NAN, [0.0], [NAN, INF]),  # 0 in float16, and stays 0
+        (-1e-7, 1e-7, NAN, [NAN, 0.0], [INF]),  # 0 or not: both are right
         (NAN, NAN, 0.0, [NAN], [0.0]),
         (0.5, 0.5, 0.0, [0.0], [NAN, 0.5]),
         (60000.0, 60000.0, 2.0, [INF], [65504.0, NAN]),  # beyond float16
@@ -58,7 +59,7 @@ INF, NAN = float("inf"), float("nan")
 )
 def test_interval(low: float, high: float, factor: float, holds: list[float], not_holds: list[float]) -> None:
     middle = np.array([(low + high) / 2])
-    interval = Interval.around(middle, np.array([(high - low) / 2]), torch.float16, rounded=low != -1e-40)
+    interval = Interval.around(middle, np.array([(high - low) / 2]), torch.float16, rounded=not -1e-6 < low < 0)
     product = interval.times(np.array([factor]))
     for value in holds:
         product.assert_holds(torch.tensor([value], dtype=torch.float16), "value")
