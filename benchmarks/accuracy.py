@@ -182,7 +182,7 @@ The largest error, of both kinds of anchors:
 
 {machine}. Made by `python -m benchmarks.accuracy`.
 
-What is promised for all options and gammas is in the [README](../README.md#accuracy), what is tested in
+What is promised for all options and gammas is in the [using it](usage.md#accuracy), what is tested in
 `tests/test_formula.py`.
 """
 

@@ -427,7 +427,7 @@ def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | 
 
 def check_number_of_level_weights(level_weights: list[float], levels: int) -> None:
     if len(level_weights) != levels:
-        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(level_weights)}")
+        raise ValueError(f"level_weights: expected {levels} numbers, one per level, got {len(level_weights)}")
 
 
 def check_normalizer(normalizer: str | float | Tensor | None) -> None:

@@ -85,10 +85,10 @@ def focal_loss(
     .. math:: FL(p_t) = -\alpha_t (1 - p_t)^\gamma \log p_t
 
     Lin et al., *Focal Loss for Dense Object Detection*, 2017 (arXiv:1708.02002), equation 5. In the shapes below: N images, K
-    classes, A anchors a cell, M = H*W*A anchors of a level in the order h, w, a, L levels.
+    classes, A anchors per cell, M = H*W*A anchors of a level in the order h, w, a, L levels.
 
     Args:
-        logits: a tensor, or a sequence with one a level: ``(N, A*K, H, W)`` with channel ``a*K + k``, as a convolution gives
+        logits: a tensor, or a sequence with one per level: ``(N, A*K, H, W)`` with channel ``a*K + k``, as a convolution gives
             it (contiguous and channels_last memory are read in place, other strides are copied once), ``(N, M, K)`` or
             ``(M, K)``. float32, float16, bfloat16 or float64; one dtype, device, K and N for all levels.
         targets: integer labels, or soft targets.

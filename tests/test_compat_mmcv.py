@@ -150,5 +150,5 @@ def test_errors(function: object) -> None:
     x, t, weight = problem()
     with pytest.raises(ValueError, match="reduction: expected one of 'none', 'mean', 'sum', got 'average'"):
         function(x, t, reduction="average")  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"weight: expected shape \(6,\), one a class, got \(5,\)"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(6,\), one per class, got \(5,\)"):
         function(x, t, weight=weight[:5])  # type: ignore[operator]

@@ -258,7 +258,7 @@ def step(head: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
 
 
 def assert_same(ours: Any, theirs: Any, rtol: float) -> None:
-    """A loss, or a list with one a level, as the head has it."""
+    """A loss, or a list with one per level, as the head has it."""
     assert isinstance(ours, (list, tuple)) == isinstance(theirs, (list, tuple))
     for mine, stock in zip(*(v if isinstance(v, (list, tuple)) else [v] for v in (ours, theirs)), strict=True):
         torch.testing.assert_close(mine, stock, rtol=rtol, atol=rtol * 1e-2)

@@ -30,7 +30,7 @@ def focal_loss(
 
     Args:
         cls_output: logits (..., A, K) with K >= num_real_classes; classes beyond these pad the memory, cost nothing and get
-            gradient 0. A list has one a level.
+            gradient 0. A list has one per level.
         cls_targets_at_level: (..., A) integers; a list with a list.
         num_positive_sum: what the sum is divided by, one element.
         num_real_classes: classes that count.

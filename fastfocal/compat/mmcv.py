@@ -114,4 +114,4 @@ def _check(input: Tensor, weight: Tensor | None, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if weight is not None and tuple(weight.shape) != (input.shape[1],):
-        raise ValueError(f"weight: expected shape ({input.shape[1]},), one a class, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected shape ({input.shape[1]},), one per class, got {tuple(weight.shape)}")

@@ -38,7 +38,7 @@ def _raw_outputs(head: Any, features: list[Tensor]) -> list[Tensor]:
 
 
 class FastRetinaNetClassificationHead(retinanet.RetinaNetClassificationHead):  # type: ignore[misc]
-    """RetinaNet's classification head; in training `forward` returns a list of raw outputs, one a level."""
+    """RetinaNet's classification head; in training `forward` returns a list of raw outputs, one per level."""
 
     def forward(self, x: list[Tensor]) -> Any:
         return _raw_outputs(self, x) if self.training else super().forward(x)
@@ -58,7 +58,7 @@ class FastRetinaNetClassificationHead(retinanet.RetinaNetClassificationHead):  #
 
 
 class FastFCOSClassificationHead(fcos.FCOSClassificationHead):  # type: ignore[misc]
-    """FCOS's classification head; in training `forward` returns a list of raw outputs, one a level."""
+    """FCOS's classification head; in training `forward` returns a list of raw outputs, one per level."""
 
     def forward(self, x: list[Tensor]) -> Any:
         return _raw_outputs(self, x) if self.training else super().forward(x)
