@@ -39,7 +39,7 @@ def build() -> Path:
     skipped = {"library.cpp"} if X86 else {"library.cpp", "focal_loss_avx2.cpp"}  # register.cpp takes its place
     kernels = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path.name not in skipped]
     sources = [Source(path, flags.get(path.name, ())) for path in (*kernels, HERE / "register.cpp")]
-    return host_build.build_operators("fastfocal_isas", sources)
+    return host_build.build_operators("fastfocal_isas", sources, about=60)
 
 
 def load() -> None:
