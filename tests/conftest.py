@@ -15,6 +15,7 @@ import fastfocal
 registered = {"fastfocal"}  # namespaces whose operators have their shape functions
 
 
+@pytest.hookimpl(trylast=True)  # after the terminal reporter is there
 def pytest_configure(config: pytest.Config) -> None:
     """Tests that compile for a minute say so, whether or not output is captured."""
     terminal = config.pluginmanager.getplugin("terminalreporter")
