@@ -66,13 +66,13 @@ def build_library(
 ) -> Path:
     """Compiles `sources` into `directory`, and says where the library is.
 
-    What takes `about` so many seconds on two cores, if nothing is kept, is announced; 0: it takes no time to speak of.
+    What takes `about` so many seconds of CPU time, if nothing is kept, is announced; 0: it takes no time to speak of.
 
     Files are compiled side by side. Each object is kept under a hash of all it was made from: source, flags, compiler,
     the project's headers, and `depends` for what else it depends on.
     """
     flags = (*FLAGS, *flags, *(f"-I{path}" for path in include))
-    shared = _hash(_run([*compiler(), "--version"]), repr(flags), depends, *_headers(include))
+    shared = _hash(run([*compiler(), "--version"]), repr(flags), depends, *_headers(include))
 
     def object_of(source: Source) -> Path:
         key = _hash(shared, str(source.path), source.path.read_bytes(), repr(source.flags))
@@ -88,7 +88,7 @@ def build_library(
     if missing and about:
         share = about * missing / len(objects)
         announce(
-            f"compiling {missing} of {len(objects)} files of {name} for these tests: about {share:.0f} s on two cores; "
+            f"compiling {missing} of {len(objects)} files of {name} for the tests, about {share:.0f} s of one core; "
             f"kept in {directory} for the next run"
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -156,11 +156,11 @@ def _make(out: Path, command: Sequence[str]) -> None:
     """Runs the command into a file of its own first: another process may be making the same one."""
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / out.name
-        _run([*command, "-o", str(made)])
+        run([*command, "-o", str(made)])
         made.replace(out)
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except FileNotFoundError:
