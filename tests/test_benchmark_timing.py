@@ -310,6 +310,7 @@ def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert not [text for text in words if "N=2" in text or "nchw" in text]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_ended_saves_what_it_measured(tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     rows = "test_small_work and (fastfocal or copy) and 10x10"

@@ -175,6 +175,7 @@ def test_same_seed_same_training(data: train.Data) -> None:
 # Measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", measure.KINDS)
 def test_cost(kind: str) -> None:
     levels = ((64, 64), (32, 32))

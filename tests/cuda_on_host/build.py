@@ -41,7 +41,7 @@ def build() -> Path:
     # context.cpp is what register.cpp replaces: it asks torch for the CUDA stream and device.
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "register.cpp"]
     return host_build.build_operators(
-        "fastfocal_on_host", with_scheduler(sources), about=90, include=INCLUDE, flags=FLAGS
+        "fastfocal_on_host", with_scheduler(sources), about=20, include=INCLUDE, flags=FLAGS
     )
 
 
