@@ -58,7 +58,7 @@ def draw(
         )
         _bars(
             figure.add_subplot(top[2]),
-            "Memory they need, at the peak",
+            "Memory needed, at the peak",
             {kind: cost.memory for kind, cost in costs.items()},
             style.mebibytes,
             "less",
@@ -100,7 +100,7 @@ def _curves(axes: Axes, plain: Trained, fast: Trained, rounding: float) -> None:
     axes.margins(x=0.02)
     axes.grid(axis="y")
     difference = (plain.curve - fast.curve).abs().max().item()
-    words = f"largest difference {difference:.1g}\nby rounding alone {rounding:.1g}"
+    words = f"largest difference {difference:.2g}\nby rounding alone {rounding:.2g}"
     axes.text(0.97, 0.63, words, transform=axes.transAxes, ha="right", va="top", color=QUIET, linespacing=1.4)
     axes.legend(loc="upper right")
 
