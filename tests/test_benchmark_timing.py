@@ -310,6 +310,21 @@ def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monk
     assert not [text for text in words if "N=2" in text or "nchw" in text]
 
 
+def test_training_curves_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("matplotlib", "sklearn", "PIL", "tqdm"):
+        pytest.importorskip(module)
+    from benchmarks import torchvision_training as training
+
+    curves = {training.STOCK: [1.0, 0.5], training.OURS: [1.0, 0.6], training.CONTROL: [1.0, 0.4]}
+    assert training.largest_difference(curves, training.OURS) == pytest.approx(0.2)
+    saved = tmp_path / "torchvision_training_64.json"
+    saved.write_text(json.dumps({"size": 64, "where": "a CPU", "curves": curves}))
+    monkeypatch.setattr(sys, "argv", ["torchvision_training", "--redraw", str(saved)])
+    training.main()
+    assert (tmp_path / "torchvision_training_64.png").stat().st_size > 10_000
+    assert len(list(tmp_path.iterdir())) == 2  # nothing else was run
+
+
 @pytest.mark.slow
 def test_a_run_that_is_ended_saves_what_it_measured(tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
