@@ -5,6 +5,7 @@ Switches, all environment variables:
   TORCH_CUDA_ARCH_LIST   e.g. "8.0;9.0+PTX"; default: every architecture below that nvcc knows, and PTX of the newest.
   FASTFOCAL_LINEINFO=1   source lines in the CUDA code, for profilers; the machine code is the same.
   CUDA_HOME, CXX, MAX_JOBS, NVCC_APPEND_FLAGS   as usual.
+  FASTFOCAL_CXXFLAGS     more flags for the C++ compiler and the linker, after ours: "-O1", "-fsanitize=address".
 
 Only torch's stable ABI is used: its headers, and the C symbols of libtorch_cpu, which every build of torch has. So the torch
 of the environment that is being installed into will do, even from within pip's isolated build. It is not imported.
@@ -25,7 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-VERSION = (ROOT / "VERSION").read_text().strip()
+VERSION = re.findall(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), flags=re.M)[0]
 TORCH_MINIMUM = (2, 10)
 TARGET = "0x020A000000000000"  # the stable ABI of torch 2.10
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
@@ -202,10 +203,13 @@ class NinjaBuild(build_ext):
         # -isystem: warnings are for our own code.
         common = [flag for path in includes for flag in ("-isystem", str(path))]
         common += [f"-DTORCH_TARGET_VERSION={TARGET}"]
+        # Files are named in errors: by where they lie in the sources and in torch, not by where these lie on this machine.
+        renamed = [f"-ffile-prefix-map={ROOT}=fastfocal", f"-ffile-prefix-map={torch}=torch"]
         debug = ["-O0", "-g"] if self.debug else ["-O3", "-DNDEBUG"]
         cflags = [
             *common,
             *debug,
+            *renamed,
             "-std=c++17",
             "-fPIC",
             "-fvisibility=hidden",
@@ -213,6 +217,8 @@ class NinjaBuild(build_ext):
             "-Wextra",
             "-Wno-unknown-pragmas",
         ]
+        more = shlex.split(os.environ.get("FASTFOCAL_CXXFLAGS", ""))
+        cflags += more
         facts = [
             f'-DFASTFOCAL_TORCH_VERSION="{built_for}"',
             f'-DFASTFOCAL_CUDA_VERSION="{cuda.version}"',
@@ -233,6 +239,7 @@ class NinjaBuild(build_ext):
         if cuda:
             # NDEBUG stays undefined: label errors are device-side assertions.
             flags = [*common, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
+            flags += [f"-Xcompiler={flag}" for flag in renamed]
             flags += ["--threads=1", *(["-lineinfo"] if cuda.lineinfo else []), *gencode(cuda.archs)]
             rules += [
                 f"nvcc = {cuda.nvcc}",
@@ -272,7 +279,7 @@ class NinjaBuild(build_ext):
                 fail(f"libcudart_static.a was not found in {cuda.libraries}; install the CUDA runtime's static library")
             ldflags += [str(static), "-lrt", "-lpthread"]
         rules.append(f"build {ninja_path(out)}: link {' '.join(ninja_path(o) for o in objects)}")
-        rules.append(f"  ldflags = {shell(ldflags)}")
+        rules.append(f"  ldflags = {shell([*ldflags, *more])}")
         (work / "build.ninja").write_text("\n".join(rules) + "\n")
 
         command = [ninja_command(), "-C", str(work), "-f", "build.ninja"]

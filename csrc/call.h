@@ -54,13 +54,57 @@ FASTFOCAL_HD double incoming_scale(const void* incoming, int64_t stride, Reducti
   return incoming == nullptr ? 1.0 : double(static_cast<const S*>(incoming)[at * stride]);
 }
 
-// What every term of one image of one level is multiplied by.
+// A gradient of exactly 0 stays so, whatever number comes in: infinity and NaN too.
+template <class S>
+FASTFOCAL_HD S times_incoming(S gradient, S incoming) {
+  return gradient == S(0) ? gradient : gradient * incoming;
+}
+
+// Beside an incoming gradient that is no number, what rounds to 0 in the logits' dtype counts as 0, as it does where the gradient
+// was saved: half the least number of that dtype.
+template <class T>
+FASTFOCAL_HD float rounds_to_zero() {
+  return T::kIsBFloat16 ? 0x1p-134f : 0x1p-25f;
+}
+template <>
+FASTFOCAL_HD float rounds_to_zero<float>() {
+  return 0.0f;
+}
+template <>
+FASTFOCAL_HD float rounds_to_zero<double>() {
+  return 0.0f;
+}
+
+// The loss' scale alone, and the incoming gradient that a recomputed one is to be multiplied by.
+FASTFOCAL_HD double own_scale(const Call& call, int level, int64_t image) {
+  const double divisor = call.divisor == nullptr ? 1.0 : call.divisor[call.divisors == 1 ? 0 : image];
+  return call.levels.level[level].scale / divisor;
+}
+template <class S>
+FASTFOCAL_HD double incoming_of(const Call& call, int level, int64_t image) {
+  return incoming_scale<S>(call.incoming, call.incoming_stride, call.reduction, call.first_level + level, image);
+}
+
+// Usually both are one factor of the terms. But where that is no number, or so large that weights might make it none, 0 times it
+// would be NaN: then the finished gradient is multiplied by the incoming one, as it is when it was saved.
+FASTFOCAL_HD bool is_one_factor(double scale, double incoming) {
+  return fabs(incoming) < 0x1p50 && fabs(scale * incoming) < 0x1p100;
+}
+
+// What every term of one image of one level is multiplied by,
 template <class S>
 FASTFOCAL_HD double scale_of(const Call& call, int level, int64_t image) {
-  const double divisor = call.divisor == nullptr ? 1.0 : call.divisor[call.divisors == 1 ? 0 : image];
-  const double incoming =
-      incoming_scale<S>(call.incoming, call.incoming_stride, call.reduction, call.first_level + level, image);
-  return call.levels.level[level].scale / divisor * incoming;
+  const double scale = own_scale(call, level, image), incoming = incoming_of<S>(call, level, image);
+  return is_one_factor(scale, incoming) ? scale * incoming : scale;
+}
+
+// and what its finished gradient is, given that scale.
+template <class S>
+FASTFOCAL_HD double factor_of_finished(const Call& call, int level, int64_t image, double scale) {
+  if (call.incoming == nullptr) return 1.0;
+  const double incoming = incoming_of<S>(call, level, image);
+  if (fabs(incoming) < 0x1p50 && fabs(scale) < 0x1p50) return 1.0;  // alone, the scale would have been 2^50 or more
+  return is_one_factor(own_scale(call, level, image), incoming) ? 1.0 : incoming;
 }
 
 // The classes' weights.

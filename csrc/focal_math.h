@@ -34,9 +34,9 @@
 //   at_least(x, c), at_most(x, c)   clamps that let NaN through,
 //   exp_nonpositive(x)              exp(x) for x <= 0, 0 for -inf,
 //   exp_of_sum(hi, lo)              exp(hi + lo) for hi <= 0 and |lo| tiny,
-//   exp_of_multiple(c, a, b)        exp(gamma (a - b)) for c = Multiple(gamma), kExpLeast <= a <= 0 <= b <= log(2),
+//   exp_of_multiple(c, a, b)        exp(gamma (a - b)) for c = Multiple(gamma), kExpLeast <= a <= 0, |b| <= log(2), a <= b,
 //   log1p_unit(e)                   log(1 + e) for e in [0, 1],      add_log1p_unit(e, x)   x + that,
-//   log_positive(w)                 log(w) for w > 0,
+//   log_positive(w, &low)           log(w) for w > 0, less its low part,
 //   product_error(a, b, ab)         a b - ab exactly, where ab is a b rounded.
 #pragma once
 
@@ -63,7 +63,10 @@ FASTFOCAL_HD double exp_nonpositive(double x) { return exp(x); }
 FASTFOCAL_HD double exp_of_sum(double hi, double lo) { return exp(hi + lo); }
 FASTFOCAL_HD double log1p_unit(double e) { return log1p(e); }
 FASTFOCAL_HD double add_log1p_unit(double e, double x) { return x + log1p(e); }
-FASTFOCAL_HD double log_positive(double w) { return log(w); }
+FASTFOCAL_HD double log_positive(double w, double* low) {
+  *low = 0;
+  return log(w);
+}
 FASTFOCAL_HD double product_error(double a, double b, double ab) { return fma(a, b, -ab); }
 
 FASTFOCAL_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -71,7 +74,12 @@ FASTFOCAL_HD float minus_absolute(float x) { return -fabsf(x); }
 FASTFOCAL_HD bool is_negative(float x) { return x < 0; }
 FASTFOCAL_HD float select(bool mask, float a, float b) { return mask ? a : b; }
 FASTFOCAL_HD float product_error(float a, float b, float ab) { return fmaf(a, b, -ab); }
-FASTFOCAL_HD float log_positive(float w) { return logf(w); }
+// w = 2^n m with m in [sqrt(1/2), sqrt(2))
+FASTFOCAL_HD void split_exponent(float w, float* n, float* m) {
+  const int32_t bits = bit_cast<int32_t>(w), k = (bits - 0x3f3504f3) >> 23;
+  *n = float(k);
+  *m = bit_cast<float>(bits - k * (1 << 23));
+}
 
 #ifdef __CUDA_ARCH__
 // max.NaN is one instruction where it exists; a comparison and a select elsewhere.
@@ -226,6 +234,18 @@ FASTFOCAL_HD V exp_by_polynomial(V hi) {
   split_ln2(hi, &n, &power);
   return exp_polynomial(less_multiple_of_ln2(hi, n)) * power;
 }
+
+// log(w) for w > 0, in two parts, the low one less than 0.35: their sum, rounded, would be off by 2^-24 of up to 87, and a power by
+// gamma times that.
+template <class V>
+FASTFOCAL_HD V log_by_polynomial(V w, V* low) {
+  V n, m;
+  split_exponent(w, &n, &m);
+  const V f = m - V(1.0f);
+  *low = fused_multiply_add(f, log_polynomial(f), n * V(1.42860677e-6f));
+  return n * V(0.693145752f);  // exact: ln 2's leading part has few bits
+}
+FASTFOCAL_HD float log_positive(float w, float* low) { return log_by_polynomial(w, low); }
 FASTFOCAL_HD float log1p_unit(float e) { return e * log1p_ratio_polynomial(e); }
 FASTFOCAL_HD float add_log1p_unit(float e, float x) { return fmaf(e, log1p_ratio_polynomial(e), x); }
 #ifndef __CUDA_ARCH__
@@ -408,17 +428,25 @@ struct FocalLoss {
     const V u = select(left, y, one - y);
     const V sum = fused_multiply_add(e, one - u, u);  // u + e (1 - u)
     const V w = r * sum;
+    // Less than any number: u is 0, or as little, and w is e^-|x|. Smoothing leaves a loss of e^(-gamma |x|) times |x|; without it
+    // there is no more than e^-|x|.
+    [[maybe_unused]] const auto vanishes = w < smallest_normal<V>();
     const V v = kSmoothing ? fused_multiply_add(u, V(S(1) - 2 * half_smoothing), V(half_smoothing)) : u;
     const V ce = log1p_unit(e) + select(v < smallest_normal<V>(), zero, zero - minus * v);  // not 0 * inf
     V power;
     if constexpr (kGamma == Gamma::kTwo) {
       power = w * w;
     } else {
-      const V log_w = log_positive(at_least(w, smallest_normal<V>()));
-      const V any = select(w < smallest_normal<V>(), zero, multiple.exp_of(log_w, zero));
-      power = select(V(multiple.gamma) < smallest_normal<V>(), one, any);
+      V low;
+      V high = log_positive(at_least(w, smallest_normal<V>()), &low);
+      if constexpr (kSmoothing) {
+        high = select(vanishes, at_least(minus, V(least_of_power())), high);
+        low = select(vanishes, zero, low);
+      }
+      power = exp_of_multiple(multiple, high, zero - low);
     }
-    const V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w
+    V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w
+    if constexpr (kSmoothing) ratio = select(vanishes, one, ratio);
     const V bend = (V(gamma) * ratio) * at_most(ce, V(S(kLarge)));
     const V slope = power * fused_multiply_add(bend, u + u - one, v - er);
     const V loss = power * at_most_where_zero(ce, power);
@@ -429,6 +457,12 @@ struct FocalLoss {
   template <class V>
   FASTFOCAL_HD static V at_most_where_zero(V ce, V power) {
     return select(power < smallest_normal<V>(), at_most(ce, V(S(kLarge))), ce);
+  }
+
+  // q^gamma takes a logit on its target's side for no less than this, where q^gamma is 0. Without smoothing the loss is 0 there
+  // whatever gamma is, as q is a factor of the cross entropy too.
+  FASTFOCAL_HD S least_of_power() const {
+    return exp_least<S>() / (kSmoothing ? at_least(at_most(multiple.gamma, S(1)), S(1e-28)) : S(1));
   }
 
   template <class V>
@@ -473,9 +507,7 @@ struct FocalLoss {
     if constexpr (kGamma == Gamma::kTwo) {
       power = q * q;
     } else {
-      // Smoothing leaves a far logit a loss of q^gamma times |z|.
-      const S least = exp_least<S>() / (kSmoothing ? at_least(at_most(multiple.gamma, S(1)), S(1e-28)) : S(1));
-      const V below = select(right, at_least(minus_absolute(z), V(least)), zero);
+      const V below = select(right, at_least(minus_absolute(z), V(least_of_power())), zero);
       power = exp_of_multiple(multiple, below, log);
     }
 

@@ -2,6 +2,9 @@
 // cuda/) and gives the facts of the build.
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
+#include "allocation.h"
 #include "cpu/focal_loss.h"
 #include "operators.h"
 
@@ -17,5 +20,10 @@ PYBIND11_MODULE(_C, m) {
     facts["compiler"] = __VERSION__;
     facts["cpu_capability"] = fastfocal::cpu_capability();
     return facts;
+  });
+  m.def("failed_allocation", []() -> pybind11::object {  // forgotten when read
+    const fastfocal::FailedAllocation failed = std::exchange(fastfocal::failed_allocation(), {});
+    if (failed.bytes == 0) return pybind11::none();
+    return pybind11::make_tuple(failed.bytes, failed.device, failed.error);
   });
 }

@@ -69,6 +69,11 @@ def as_plain(name: str, t: Tensor) -> Tensor:
     return t
 
 
+def check_floating(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {t.dtype}")
+
+
 def without_subclass(name: str, t: Tensor) -> Tensor:
     if hasattr(t, "device_mesh") and hasattr(t, "placements"):
         raise TypeError(
@@ -146,8 +151,7 @@ def check_logits(
     first = levels[0]
     shapes = [t.shape for t in levels]  # once: each time it is asked for, torch makes it anew
     dtype, device, dim = first.dtype, first.device, len(shapes[0])
-    if dtype not in FLOATING:
-        raise TypeError(f"logits[0]: expected float32, float16, bfloat16 or float64, got {dtype}")
+    check_floating("logits[0]", first)
     if dim not in (2, 3, 4):
         raise ValueError(f"logits[0]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(first)}")
     for i in range(1, len(levels)):
@@ -423,7 +427,7 @@ def check_level_weights(level_weights: Sequence[float] | None) -> list[float] | 
 
 def check_number_of_level_weights(level_weights: list[float], levels: int) -> None:
     if len(level_weights) != levels:
-        raise ValueError(f"level_weights: expected {levels} numbers, one a level, got {len(level_weights)}")
+        raise ValueError(f"level_weights: expected {levels} numbers, one per level, got {len(level_weights)}")
 
 
 def check_normalizer(normalizer: str | float | Tensor | None) -> None:

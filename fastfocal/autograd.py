@@ -93,12 +93,12 @@ class Call(NamedTuple):
     options: Options
     # The logits in the memory order that the kernels read: the same tensors but for those copied for it.
     dense: list[Tensor]
-    needs_grad: list[int]  # a flag a level
+    needs_grad: list[int]  # a flag per level
     copied: list[Memory | None] | None  # None: no level was
 
 
 class FocalLossFunction(torch.autograd.Function):
-    """(logits of every level) -> (loss,), or one elementwise loss a level."""
+    """(logits of every level) -> (loss,), or one elementwise loss per level."""
 
     @staticmethod
     def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, ...]:

@@ -85,10 +85,10 @@ def focal_loss(
     .. math:: FL(p_t) = -\alpha_t (1 - p_t)^\gamma \log p_t
 
     Lin et al., *Focal Loss for Dense Object Detection*, 2017 (arXiv:1708.02002), equation 5. In the shapes below: N images, K
-    classes, A anchors a cell, M = H*W*A anchors of a level in the order h, w, a, L levels.
+    classes, A anchors per cell, M = H*W*A anchors of a level in the order h, w, a, L levels.
 
     Args:
-        logits: a tensor, or a sequence with one a level: ``(N, A*K, H, W)`` with channel ``a*K + k``, as a convolution gives
+        logits: a tensor, or a sequence with one per level: ``(N, A*K, H, W)`` with channel ``a*K + k``, as a convolution gives
             it (contiguous and channels_last memory are read in place, other strides are copied once), ``(N, M, K)`` or
             ``(M, K)``. float32, float16, bfloat16 or float64; one dtype, device, K and N for all levels.
         targets: integer labels, or soft targets.
@@ -129,7 +129,9 @@ def focal_loss(
 
     Returns:
         float32 (float64 for float64 logits), or the logits' dtype with reduction "none". Gradients have the dtype and the
-        strides of their (dense) logits. No operation here synchronises with the host.
+        strides of their (dense) logits. A gradient of 0 (in the logits' dtype) stays 0 whatever incoming gradient it is
+        multiplied by, infinity and NaN too, in every `grad_mode`; any other gives what a multiplication gives. No operation
+        here synchronises with the host.
 
     Raises:
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level. A
@@ -445,24 +447,31 @@ def sigmoid_focal_loss(
         reduction: "none", "mean" (over the elements) or "sum".
 
     Returns:
-        A tensor of the dtype that inputs and targets promote to: of their shape for "none", 0-d for "mean" and "sum".
+        A tensor of the dtype that inputs and targets promote to, but float32 for 16 bits under autocast: of their shape for
+        "none", 0-d for "mean" and "sum". A sum or mean is computed in float32 or float64 and rounded once, to that dtype: in
+        float16, without autocast, one above 65504 is infinite, as torchvision's is.
 
     Raises:
         ValueError: alpha or reduction is not one of the above, with torchvision's words.
         TypeError: targets are not floating.
     """
+    inputs, targets = arguments.as_plain("inputs", inputs), arguments.as_plain("targets", targets)
+    alpha = arguments.as_number("alpha", alpha)
     if not 0 <= alpha <= 1 and alpha != -1:
         raise ValueError(f"Invalid alpha value: {alpha}. alpha must be in the range [0,1] or -1 for ignore.")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(
             f"Invalid Value for arg 'reduction': '{reduction} \n Supported reduction modes: 'none', 'mean', 'sum'"
         )
+    arguments.check_floating("inputs", inputs)
     if not targets.is_floating_point():
         raise TypeError(f"targets: expected floating numbers in [0, 1], got {targets.dtype}")
     if targets.shape != inputs.shape:
         raise ValueError(f"Target size ({targets.size()}) must be the same as input size ({inputs.size()})")
-    dtype = torch.promote_types(inputs.dtype, targets.dtype)
-    inputs, targets = inputs.to(dtype), targets.to(dtype)
+    dtype = entropy_dtype(inputs, targets)
+    # 16-bit logits are read as they are where float32 sums come of them; elementwise losses have the dtype of what is read.
+    if reduction == "none" or dtype == torch.float64:
+        inputs = inputs.to(dtype)
     logits, soft = inputs, targets
     if inputs.dim() != 4:  # 4-D is read in place, channels_last too
         logits, soft = inputs.reshape(-1, 1), targets.reshape(-1, 1)
@@ -481,3 +490,15 @@ def sigmoid_focal_loss(
     if reduction == "mean" and inputs.numel() == 0:
         loss = loss * float("nan")
     return loss.to(dtype)
+
+
+def entropy_dtype(inputs: Tensor, targets: Tensor) -> torch.dtype:
+    """The dtype of a focal loss built on torch's binary_cross_entropy_with_logits.
+
+    It is what inputs and targets promote to, but float32 for 16 bits under autocast, which computes that function in float32.
+    """
+    dtype = torch.promote_types(inputs.dtype, targets.dtype)
+    device = inputs.device.type
+    if dtype.itemsize == 2 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.float32
+    return dtype

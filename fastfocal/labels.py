@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_IGNORE_INDEX = -1
+NOTHING_IGNORED = -(2**63)  # no label is: for hosts without such a thing
 
 
 class Convention(NamedTuple):
@@ -90,17 +91,20 @@ def describe_bad_label(
     level, image, at, label = found
     name = "targets" if together else f"targets[{level}]"
     first = 1 if background == 0 else 0
+    others = f", background_index {background} or ignore_index {ignored}"
+    if ignored == NOTHING_IGNORED:
+        others = f" or background_index {background}"
     message = (
         f"{name}: label {label} at {list(at)} (level {level}, image {image}); expected one of the classes "
-        f"{first}..{num_classes - 1 + first}, background_index {background} or ignore_index {ignored}"
+        f"{first}..{num_classes - 1 + first}{others}"
     )
-    fitting = [
-        f'labels="{preset}" takes it for {what}'
-        for preset, convention in CONVENTIONS.items()
-        if (what := meaning(label, convention, num_classes)) is not None
-        and (background, ignored) != (num_classes if convention[0] is None else convention[0], convention[1])
-    ]
-    return message + (f". {'; '.join(fitting)}" if fitting else "")
+    by_meaning: dict[str, list[str]] = {}
+    for preset, convention in CONVENTIONS.items():
+        what = meaning(label, convention, num_classes)
+        if what is not None:
+            by_meaning.setdefault(what, []).append(f'"{preset}"')
+    fitting = "; ".join(f"{what} by labels={' or '.join(presets)}" for what, presets in by_meaning.items())
+    return message + (f". It is {fitting}" if fitting else "")
 
 
 class NoBackground:
@@ -117,7 +121,8 @@ class NoBackground:
             return
         self.calls_left -= 1
         total = sum(t.numel() for t in labels)
-        ignored = sum(int((t == DEFAULT_IGNORE_INDEX).sum()) for t in labels)
+        # Counted, not summed: a sum makes eight bytes of each.
+        ignored = sum(int(torch.count_nonzero(t == DEFAULT_IGNORE_INDEX)) for t in labels)
         if 2 * ignored <= total or any(bool((t == num_classes).any()) for t in labels):
             return
         self.calls_left = 0

@@ -18,8 +18,10 @@ except ImportError as error:
         "fastfocal's compiled extension could not be loaded; build it with `pip install .` in the environment that has the "
         f"torch it is to run with (torch {torch.__version__} here). The loader said: {error}"
     ) from error
+from fastfocal import guards
 
-operators: Any = torch.ops.fastfocal
+# On the CPU the error that an operator words itself is torch's already.
+operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
 # Family, Reduction and Count in csrc/.
 FOCAL_LOSS, FOCAL_LOSS_STAR = range(2)

@@ -52,7 +52,7 @@ def focal_loss(
         loss_weight * level_weights[l] * weight[n, m] * alpha_t * (1 - p_t)^gamma * cross_entropy / divisor
 
     Args:
-        logits: one Tensor or a sequence of them, one a level, of one floating dtype: (N, A*K, H, W) with channel
+        logits: one Tensor or a sequence of them, one per level, of one floating dtype: (N, A*K, H, W) with channel
             a*K + k, (N, M, K), or (M, K), which is one image. 16-bit logits are computed in float32.
         targets: labels (uint8, int8, int16, int32, int64), per level (N, H, W, A) or (N, M) for 4-D logits, also
             (N, H, W) where A = 1; (N, M) for 3-D; (M,) for 2-D; or one tensor (N, sum of M) over all levels
@@ -67,7 +67,7 @@ def focal_loss(
         ignore_index: anchors with this label give zero loss and zero gradient, whatever their logits are (also NaN),
             and are not counted. Tested before anything else.
         weight: a factor per anchor, floating, shaped as labels may be (with soft targets too).
-        level_weights: L factors, one a level.
+        level_weights: L factors, one per level.
         label_smoothing: s; the target of the cross entropy, and only that, becomes y * (1 - s) + s / 2, as in apex
             and effdet: alpha_t and the modulating factor keep y.
         detach_modulating_factor: the modulating factor is computed from the detached logits, as RT-DETR computes its weights.
@@ -365,7 +365,7 @@ def _alpha_t(y: Tensor, alpha: float | Sequence[float] | Tensor | None) -> Tenso
         return torch.ones_like(y)
     alpha = torch.as_tensor(alpha, dtype=torch.float64)  # so that 1 - alpha is rounded once
     if alpha.ndim > 0 and alpha.shape != y.shape[-1:]:
-        raise ValueError(f"alpha: expected one number or {y.shape[-1]}, one a class, got shape {tuple(alpha.shape)}")
+        raise ValueError(f"alpha: expected one number or {y.shape[-1]}, one per class, got shape {tuple(alpha.shape)}")
     return alpha.to(y) * y + (1 - alpha).to(y) * (1 - y)
 
 
@@ -463,7 +463,7 @@ def _split_per_level(
 
 
 def _split_soft_targets(targets: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
-    """Soft targets have no form over all levels: one a level, shaped as its logits."""
+    """Soft targets have no form over all levels: one per level, shaped as its logits."""
     if len(targets) != len(levels):
         raise ValueError(f"targets: expected soft targets for {len(levels)} levels, got {len(targets)}")
     for index, (target, level) in enumerate(zip(targets, levels, strict=True)):
@@ -594,7 +594,7 @@ def _check_options(
     num_levels: int, level_weights: Sequence[float] | Tensor | None, reduction: str, grad_mode: str
 ) -> None:
     if level_weights is not None and len(level_weights) != num_levels:
-        raise ValueError(f"level_weights: expected {num_levels}, one a level, got {len(level_weights)}")
+        raise ValueError(f"level_weights: expected {num_levels}, one per level, got {len(level_weights)}")
     if reduction not in ("sum", "level", "image", "none", "mean"):
         raise ValueError(f"reduction: expected 'sum', 'level', 'image', 'none' or 'mean', got {reduction!r}")
     if grad_mode not in ("auto", "save", "recompute", "inplace"):

@@ -16,6 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from fastfocal.guards import on_one_device, tensors_of
 from fastfocal.ops import (
     COUNT_NOTHING,
     COUNT_POSITIVES_PER_IMAGE,
@@ -113,16 +114,6 @@ class OperatorCall(NamedTuple):
             return self.operator.redispatch(self.keyset & torch._C._after_autograd_keyset, *args)
 
 
-def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
-    found = []
-    for value in args:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += [entry for entry in value if isinstance(entry, Tensor)]
-    return found
-
-
 class FocalLossDerivative(_SingleLevelFunction):
     """``torch.ops.fastfocal.focal_loss`` as autograd sees it: (logits of every level) -> (losses, gradients).
 
@@ -131,12 +122,14 @@ class FocalLossDerivative(_SingleLevelFunction):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: OperatorCall, options: tuple[Any, ...], *logits: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: OperatorCall, options: tuple[Any, ...], for_jvp: list[Any], *logits: Tensor
+    ) -> tuple[Tensor, ...]:
         losses, gradients = call(list(logits), *options)
         ctx.set_materialize_grads(False)
         ctx.operators, ctx.losses = getattr(torch.ops, call.namespace), len(losses)
         *_, ctx.reduction, made = options
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         ctx.gradients_made = bool(gradients) and all(got for got, need in zip(made, needed, strict=True) if need)
         if ctx.gradients_made:
             saved = gradients
@@ -145,7 +138,9 @@ class FocalLossDerivative(_SingleLevelFunction):
             ctx.options = without_tensors(options[:-1])
         ctx.kept = describe(saved, hooked=True)
         ctx.save_for_backward(*saved)
-        ctx.for_jvp = None if gradients else (list(logits), options)
+        ctx.for_jvp = for_jvp
+        if not gradients:
+            for_jvp += [list(logits), options]
         return (*losses, *gradients)
 
     @staticmethod
@@ -154,9 +149,9 @@ class FocalLossDerivative(_SingleLevelFunction):
         incoming, of_gradients = list(grad_outputs[: ctx.losses]), grad_outputs[ctx.losses :]
         if any(g is not None for g in of_gradients):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        needed = [int(need) for need in ctx.needs_input_grad[2:]]
+        needed = [int(need) for need in ctx.needs_input_grad[3:]]
         if all(g is None for g in incoming):
-            return (None, None, *[None] * len(needed))
+            return (None, None, None, *[None] * len(needed))
         for g in incoming:
             refuse_batched(g)
         saved = restore(ctx.saved_tensors, ctx.kept)
@@ -170,7 +165,7 @@ class FocalLossDerivative(_SingleLevelFunction):
             ]
         else:
             found = ctx.operators.scale_gradients(saved, incoming[0], ctx.reduction)
-        return (None, None, *(t if need else None for t, need in zip(found, needed, strict=True)))
+        return (None, None, None, *(t if need else None for t, need in zip(found, needed, strict=True)))
 
     @staticmethod
     def recomputed(ctx: Any, incoming: list[Tensor | None], saved: list[Tensor], needed: list[int]) -> list[Tensor]:
@@ -186,9 +181,9 @@ class FocalLossDerivative(_SingleLevelFunction):
 
     @staticmethod
     @torch._disable_dynamo
-    def jvp(ctx: Any, _call: None, _options: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _call: None, _options: None, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient, times the tangents of the logits."""
-        if ctx.for_jvp is None:
+        if not ctx.for_jvp:
             raise RuntimeError(NO_FORWARD_OVER_REVERSE)
         logits, (*options, reduction, _) = ctx.for_jvp
         dtype = accumulation_dtype(logits[0].dtype)
@@ -317,10 +312,9 @@ def differentiated_focal_loss(
 ) -> tuple[list[Tensor], list[Tensor]]:
     if call.grad_mode and any(t.requires_grad for t in tensors_of(options)):
         raise RuntimeError("fastfocal: targets, weights and divisors are not differentiated; detach() them")
-    results = FocalLossDerivative.apply(call, options, *logits)  # type: ignore[attr-defined]
-    node = results[0].grad_fn
-    if node is not None:
-        node.for_jvp = None  # has been called by now
+    for_jvp: list[Any] = []
+    results = FocalLossDerivative.apply(call, options, for_jvp, *logits)  # type: ignore[attr-defined]
+    for_jvp.clear()  # it has been called by now, and the node lives on
     losses = len(logits) if options[-2] == NONE else 1
     return list(results[:losses]), list(results[losses:])
 
@@ -369,7 +363,7 @@ def register(namespace: str) -> None:
     library = torch.library.Library(namespace, "IMPL")
     for shapes in SHAPES:
         name = shapes.__name__
-        torch.library.register_fake(f"{namespace}::{name}", shapes)
+        torch.library.register_fake(f"{namespace}::{name}", on_one_device(shapes))
         if name == "label_codes":  # integers: there is nothing to differentiate
             library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         else:

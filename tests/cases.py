@@ -170,7 +170,7 @@ def encode(drawn: list[Tensor], classes: int, background: int | None = None, ign
 
 
 def arrange(per_level: list[Tensor], size: Size, form: str, *, rank: int = 4) -> Labels:
-    """(N, M) tensors, one a level, in one of the shapes and strides that labels and anchor weights may have."""
+    """(N, M) tensors, one per level, in one of the shapes and strides that labels and anchor weights may have."""
     if rank == 2:
         per_level = [x[0] for x in per_level]
     if form.startswith("one"):

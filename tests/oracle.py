@@ -126,6 +126,8 @@ class Expected:
     grads: list[Array]  # of the summed loss, one per level
     magnitudes: list[Array]  # of the gradient's terms: its scale where they cancel
     positives: Array  # (N,)
+    sizes: Any = None  # as loss, of the terms' magnitudes: weights may have either sign
+    factors: Sequence[Array] = ()  # what each logit's bare term is multiplied by, alpha aside
 
 
 def _indices(shape: tuple[int, ...], classes: int) -> tuple[Array, Array, Array, int]:
@@ -212,7 +214,7 @@ def oracle_focal_loss(
         divisor = divisor * np.asarray(normalizer, dtype=np.float64)
 
     per_anchor = None if weight is None else _by_level(weight, images, anchors)
-    losses, grads, magnitudes = [], [], []
+    losses, grads, magnitudes, factors = [], [], [], []
     for level, (x, (n, m, k, _)) in enumerate(zip(levels, index, strict=True)):
         class_alpha = None if alpha is None else np.asarray(alpha, dtype=np.float64)
         if class_alpha is not None and class_alpha.ndim:
@@ -226,17 +228,21 @@ def oracle_focal_loss(
         loss_of = element_loss if beta is None else star_loss
         gradient_of = partial(element_gradient, detached=detach_modulating_factor) if beta is None else star_gradient
         gradient, magnitude = gradient_of(x, y[level], **options)
-        losses.append(np.where(kept[level], factor * loss_of(x, y[level], **options), zero))
+        losses.append(np.where(kept[level], _times(factor, loss_of(x, y[level], **options)), zero))
         grads.append(np.where(kept[level], factor * gradient, zero))
         magnitudes.append(np.where(kept[level], np.abs(factor) * magnitude, zero))
+        factors.append(np.where(kept[level], factor + zero, zero))
 
-    loss: Any = losses
-    if reduction in ("sum", "mean"):
-        loss = float(sum(part.sum() for part in losses))
-    elif reduction == "level":
-        loss = np.array([part.sum() for part in losses])
-    elif reduction == "image":
-        loss = sum(np.bincount(i[0].ravel(), p.ravel(), images) for i, p in zip(index, losses, strict=True))
-    elif reduction != "none":
-        raise AssertionError(reduction)
-    return Expected(loss, grads, magnitudes, positives)
+    def reduced(parts: list[Array]) -> Any:
+        if reduction in ("sum", "mean"):
+            return float(sum(part.sum() for part in parts))
+        if reduction == "level":
+            return np.array([part.sum() for part in parts])
+        if reduction == "image":
+            return sum(np.bincount(i[0].ravel(), p.ravel(), images) for i, p in zip(index, parts, strict=True))
+        assert reduction == "none", reduction
+        return parts
+
+    with np.errstate(invalid="ignore"):  # inf - inf, where weights have both signs
+        sizes = reduced([np.abs(part) for part in losses])
+        return Expected(reduced(losses), grads, magnitudes, positives, sizes, factors)

@@ -72,7 +72,7 @@ PYRAMID = Size(2, 3, 4, ((8, 8), (4, 4), (2, 2)))
 
 
 class Detector(nn.Module):
-    """A trunk that feeds every level, a top-down path (so that levels share features), and one head or one a level."""
+    """A trunk that feeds every level, a top-down path (so that levels share features), and one head or one per level."""
 
     def __init__(self, *, shared_head: bool) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ needs_build_requirements = pytest.mark.skipif(
 
 def build(folder: Path, *sources: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`setup.py build_ext` on a copy that has these sources of csrc and every header; without any it compiles nothing."""
-    for name in ("setup.py", "pyproject.toml", "VERSION", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder)
     headers = [str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")] if sources else []
     for name in (*headers, *sources):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from precision import Precision, check, every_precision
 from torch import Tensor
 
 from fastfocal.compat import apex
@@ -61,6 +62,38 @@ def test_16_bits_and_few_classes() -> None:
     torch.testing.assert_close(
         loss.double(), documented(x.bfloat16().double(), y, torch.tensor(1.0), 3, 0.25, 2.0, 0.0), rtol=1e-5, atol=0
     )
+
+
+@every_precision
+def test_precision(precision: Precision) -> None:
+    """apex gives float32 for logits of 16 bits; so it is here under autocast and without."""
+    generator = torch.Generator().manual_seed(2)
+    x = 3 * torch.randn(1, 60, 50, 9, 8, generator=generator, dtype=torch.float64) + 1
+    y = torch.randint(-2, 6, (1, 60, 50, 9), generator=generator)
+    positives = torch.tensor([1.0])
+    loss = check(
+        lambda x: apex.focal_loss(x, y, positives, 6, 0.25, 2.0),
+        torch.float32,
+        lambda x: documented(x, y, positives[0], 6, 0.25, 2.0, 0.0),
+        x,
+        precision,
+    )
+    assert loss > 65504
+
+
+@pytest.mark.parametrize("label", [6, 7, 8, -3, 100])
+def test_a_label_that_is_no_class(label: int) -> None:
+    """Padded classes are none."""
+    x, y = problem(8)
+    y[1, 2, 3, 4] = label
+    with pytest.raises(ValueError, match=rf"label {label} at \[301\] .*; expected one of the classes 0\.\.5"):
+        apex.focal_loss(x, y, torch.tensor(1.0), 6, 0.25, 2.0)
+
+
+def test_one_class_labelled_1() -> None:
+    x, y = problem(1)
+    with pytest.raises(ValueError, match=r"label 1 at \[\d+\] .*; expected one of the classes 0\.\.0"):
+        apex.focal_loss(x, y.clamp(0, 1), torch.tensor(1.0), 1, 0.25, 2.0)
 
 
 def test_more_real_classes_than_there_are() -> None:

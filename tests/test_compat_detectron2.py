@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from precision import Precision, every_precision
 from torch import Tensor, nn
 
 pytest.importorskip("detectron2", exc_type=Exception)
@@ -172,6 +173,72 @@ def test_state_dict_and_inference_are_unchanged(model: nn.Module) -> None:
             other = mine["instances"].get(field)
             tensors = (value.tensor, other.tensor) if isinstance(value, Boxes) else (value, other)
             assert torch.equal(*tensors)
+
+
+@every_precision
+def test_precision(model: nn.Module, precision: Precision) -> None:
+    """Each loss has detectron2's dtype, a large sum its value, and gradients that a GradScaler scales are finite.
+
+    Where detectron2 cannot train (FCOS in 16 bits: its box loss mixes dtypes), neither can we.
+    """
+    with torch.no_grad():
+        model.head.cls_score.bias.fill_(40.0)
+    model.to(precision.logits).train()
+    model.loss_normalizer = 1e-6  # so that the sum is divided by little more than a tenth of the positives
+    found, refused = [], []
+    for detector in (copy.deepcopy(model), compat.accelerate(model)):
+        with EventStorage(), precision.context():
+            try:
+                losses = detector(inputs(precision.logits))
+            except RuntimeError as error:
+                refused.append(str(error))
+                continue
+        (name,) = (n for n in losses if n.endswith("_cls"))
+        (losses[name] * (1024 if precision.logits == torch.float16 else 65536)).backward()
+        found.append((losses, detector.head.cls_score.weight.grad))
+    if refused:
+        assert isinstance(model, FCOS) and len(refused) == 2 and refused[0] == refused[1]
+        return
+    (stock, expected), (ours, gradient) = found
+    assert {n: loss.dtype for n, loss in ours.items()} == {n: loss.dtype for n, loss in stock.items()}
+    assert ours[name].dtype == torch.float32 and ours[name] > 65504
+    # fvcore computes in float32, from the same logits.
+    torch.testing.assert_close(ours[name], stock[name], rtol=SINGLE, atol=0)
+    assert gradient.dtype == expected.dtype and (gradient.isfinite() | ~expected.isfinite()).all()
+
+
+def labelled(label: int) -> list[dict[str, Any]]:
+    batch = inputs(torch.float32)
+    batch[2]["instances"].gt_classes[0] = label
+    return batch
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1, -2, CLASSES + 5])
+def test_a_label_that_is_no_class(model: nn.Module, label: int) -> None:
+    """detectron2 trains an object of class K as background; in RetinaNet, -1 has its anchors ignored."""
+    stock = copy.deepcopy(model).train()
+    compat.accelerate(model).train()
+    with EventStorage():
+        if label == -1 and isinstance(model, RetinaNet):
+            expected, ours = stock(labelled(label)), model(labelled(label))
+            for name in expected:
+                torch.testing.assert_close(ours[name], expected[name], rtol=SINGLE, atol=0)
+            return
+        with pytest.raises(
+            ValueError, match=rf"gt_classes: image 2, object 0 has label {label}; expected .*0\.\.{CLASSES - 1} "
+        ):
+            model(labelled(label))
+
+
+def test_one_class_labelled_1(model: nn.Module) -> None:
+    """The commonest mistake; detectron2 trains it as pure background."""
+    compat.accelerate(model).train()
+    model.num_classes = 1
+    with (
+        EventStorage(),
+        pytest.raises(ValueError, match=r"gt_classes: image 0, object 1 has label 6; expected 0, the one class"),
+    ):
+        model(inputs(torch.float32))
 
 
 def test_errors(model: nn.Module) -> None:

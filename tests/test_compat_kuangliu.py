@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from precision import Precision, check, every_precision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,8 +37,13 @@ def concatenated(levels: list[Tensor], width: int) -> Tensor:
     return torch.cat([x.permute(0, 2, 3, 1).contiguous().view(x.size(0), -1, width) for x in levels], 1)
 
 
+def one_hot(x: Tensor, y: Tensor) -> Tensor:
+    """float32 in that repository, whatever the logits are."""
+    return torch.eye(1 + CLASSES, dtype=torch.promote_types(x.dtype, torch.float32))[y][:, 1:]
+
+
 def their_alternative(x: Tensor, y: Tensor) -> Tensor:
-    t = torch.eye(1 + CLASSES, dtype=x.dtype)[y][:, 1:]
+    t = one_hot(x, y)
     x_t = x * (2 * t - 1)
     p_t = (2 * x_t + 1).sigmoid()
     w = 0.25 * t + 0.75 * (1 - t)
@@ -43,7 +51,7 @@ def their_alternative(x: Tensor, y: Tensor) -> Tensor:
 
 
 def their_focal_loss(x: Tensor, y: Tensor) -> Tensor:
-    t = torch.eye(1 + CLASSES, dtype=x.dtype)[y][:, 1:]
+    t = one_hot(x, y)
     p = x.sigmoid()
     p_t = p * t + (1 - p) * (1 - t)
     w = (0.25 * t + 0.75 * (1 - t)) * (1 - p_t).pow(2)
@@ -51,10 +59,23 @@ def their_focal_loss(x: Tensor, y: Tensor) -> Tensor:
     return (w * F.binary_cross_entropy_with_logits(x, t, reduction="none")).sum()
 
 
-def their_step(loc: Tensor, loc_targets: Tensor, cls: Tensor, targets: Tensor, star: bool = True) -> Tensor:
+def exact_alternative(x: Tensor, y: Tensor) -> Tensor:
+    """The same, of which nothing cancels."""
+    t = one_hot(x, y)
+    return (-(0.25 * t + 0.75 * (1 - t)) * F.logsigmoid(2 * x * (2 * t - 1) + 1) / 2).sum()
+
+
+def their_step(
+    loc: Tensor,
+    loc_targets: Tensor,
+    cls: Tensor,
+    targets: Tensor,
+    star: bool = True,
+    alternative: Callable[[Tensor, Tensor], Tensor] = their_alternative,
+) -> Tensor:
     positive, counted = targets > 0, targets > -1
     boxes = F.smooth_l1_loss(loc[positive], loc_targets[positive], reduction="sum")
-    classes = (their_alternative if star else their_focal_loss)(cls[counted], targets[counted])
+    classes = (alternative if star else their_focal_loss)(cls[counted], targets[counted])
     return (boxes + classes) / positive.sum()
 
 
@@ -111,6 +132,36 @@ def test_no_positives() -> None:
     counted = targets > -1
     ours = kuangliu.FocalLoss(CLASSES)(loc, loc_targets, cls, targets)
     torch.testing.assert_close(ours, their_alternative(rows[counted], targets[counted]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("star", [True, False])
+@every_precision
+def test_precision(star: bool, precision: Precision) -> None:
+    """One positive, so that the sum, which is more than float16 has, is not divided."""
+    generator = torch.Generator().manual_seed(1)
+    m = 6000
+    x = 4 * torch.randn(1, m, CLASSES, generator=generator, dtype=torch.float64) + 1
+    y = torch.zeros(1, m, dtype=torch.int64)
+    y[0, 7], y[0, 9:200] = 3, -1
+    boxes = torch.rand(2, 1, m, 4, generator=generator)
+    criterion = kuangliu.FocalLoss(CLASSES, star=star)
+    loss = check(
+        lambda x: criterion(boxes[0].to(x.dtype), boxes[1], x, y),
+        lambda x: their_step(boxes[0].to(x.dtype), boxes[1], x, y, star),
+        lambda x: their_step(boxes[0].to(precision.logits).to(x.dtype), boxes[1], x, y, star, exact_alternative),
+        x,
+        precision,
+    )
+    assert loss.dtype == torch.float32 and loss > 65504
+
+
+@pytest.mark.parametrize("label", [CLASSES + 1, -2, CLASSES + 100])
+def test_a_label_that_is_no_class(label: int) -> None:
+    net, x, loc_targets, targets = scene()
+    loc, cls = net(x)
+    targets[1, 5] = label
+    with pytest.raises(ValueError, match=rf"label {label} at \[1, 5\] .*; expected one of the classes 1\.\.{CLASSES}"):
+        kuangliu.FocalLoss(CLASSES)(loc, loc_targets, cls, targets)
 
 
 def test_twenty_classes_are_the_default() -> None:

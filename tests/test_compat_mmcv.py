@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from precision import Precision, check, every_precision
 from torch import Tensor
 
 from fastfocal.compat import mmcv
@@ -58,10 +61,72 @@ def test_the_documented_formula(kind: str, weighted: bool, reduction: str) -> No
     torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-15)
 
 
-def test_labels_that_are_no_class_are_background() -> None:
-    x, _, _ = problem()
-    one = mmcv.sigmoid_focal_loss(x, torch.full((ROWS,), -1))
-    assert torch.equal(one, mmcv.sigmoid_focal_loss(x, torch.full((ROWS,), CLASSES)))
+@pytest.mark.parametrize("weighted", [False, True])
+def test_two_labels_are_background(weighted: bool) -> None:
+    x, _, weight = problem()
+    one, other = (
+        mmcv.sigmoid_focal_loss(x, torch.full((ROWS,), label), weight=weight if weighted else None)
+        for label in (-1, CLASSES)
+    )
+    assert torch.equal(one, other) and one > 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label", [CLASSES + 1, -2, 100])
+def test_a_label_that_is_neither_class_nor_background(label: int, weighted: bool) -> None:
+    x, t, weight = problem()
+    t[3] = label
+    with pytest.raises(ValueError, match=rf"label {label} at \[3\] .*; expected one of the classes 0\.\.{CLASSES - 1}"):
+        mmcv.sigmoid_focal_loss(x, t, weight=weight if weighted else None)
+
+
+@pytest.mark.parametrize("label", [CLASSES, CLASSES + 1, 100])
+def test_a_label_that_is_no_class_of_the_softmax(label: int) -> None:
+    x, t, weight = problem()
+    t = t - 1
+    t[3] = label
+    for given in (None, weight):
+        with pytest.raises(
+            ValueError, match=rf"target: row 3 has label {label}; expected one of the classes 0\.\.{CLASSES - 1} "
+        ):
+            mmcv.softmax_focal_loss(x, t, weight=given)
+
+
+@pytest.mark.parametrize("function", [mmcv.sigmoid_focal_loss, mmcv.softmax_focal_loss])
+def test_no_rows(function: Callable[..., Tensor]) -> None:
+    """The mean of nothing is no number, as mmcv's division by 0."""
+    x, t = torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.int64)
+    assert function(x, t).isnan() and function(x, t, reduction="sum") == 0
+    assert function(x, t, reduction="none").numel() == 0
+
+
+@pytest.mark.parametrize("reduction", mmcv.REDUCTIONS)
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@every_precision
+def test_precision(precision: Precision, kind: str, reduction: str) -> None:
+    """That of the logits, but float32 for a sum under autocast, as torch sums on CUDA."""
+    generator = torch.Generator().manual_seed(1)
+    rows = 20000
+    x = 4 * torch.randn(rows, CLASSES, generator=generator, dtype=torch.float64) + (2 if kind == "sigmoid" else 0)
+    t = torch.randint(CLASSES, (rows,), generator=generator)
+    documented, function = {
+        "sigmoid": (documented_sigmoid, mmcv.sigmoid_focal_loss),
+        "softmax": (documented_softmax, mmcv.softmax_focal_loss),
+    }[kind]
+    reduce = {"none": lambda loss: loss, "mean": lambda loss: loss.sum() / rows, "sum": Tensor.sum}[reduction]
+    dtype = precision.logits if precision.autocast is None or reduction == "none" else torch.float32
+    alpha = 0.3 if kind == "sigmoid" else 1.0
+    loss = check(
+        lambda x: function(x, t, 2.0, alpha, None, reduction),
+        dtype,
+        lambda x: reduce(documented(x, t, 2.0, alpha, None)),
+        x,
+        precision,
+        # PyTorch in float32: a log_softmax near 0 is a difference of numbers near 20, off by their rounding.
+        absolute=0.0 if kind == "sigmoid" else 1e-6,
+    )
+    if reduction == "sum":
+        assert loss.isinf() == (loss.dtype == torch.float16) and loss > 65504
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -85,5 +150,5 @@ def test_errors(function: object) -> None:
     x, t, weight = problem()
     with pytest.raises(ValueError, match="reduction: expected one of 'none', 'mean', 'sum', got 'average'"):
         function(x, t, reduction="average")  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"weight: expected shape \(6,\), one a class, got \(5,\)"):
+    with pytest.raises(ValueError, match=r"weight: expected shape \(6,\), one per class, got \(5,\)"):
         function(x, t, weight=weight[:5])  # type: ignore[operator]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from precision import Precision, check, every_precision
 from torch import Tensor, nn
 
 pytest.importorskip("mmcv")
@@ -76,9 +77,86 @@ def test_focal_loss(one_hot: bool, weights: str, reduction: str, avg_factor: flo
         loss = criterion(pred, target, weight, avg_factor=avg_factor, reduction_override=reduction)
         found.append((loss, torch.autograd.grad(loss.sum(), pred)[0]))
     for theirs, ours in zip(*found, strict=True):
-        # Weights for anchors are stored in float32 where the loss is "none".
-        rtol = 1e-6 if weights == "anchors" and reduction == "none" else DOUBLE
-        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=1e-14)
+        torch.testing.assert_close(ours, theirs, rtol=DOUBLE, atol=1e-14)
+
+
+AVERAGES = {
+    "none": None,
+    "number": 12.0,
+    "0-d": torch.tensor(12.0),
+    "integer": torch.tensor(12),
+    "one element": torch.tensor([12.0]),
+    "bfloat16": torch.tensor(12.0, dtype=torch.bfloat16),
+}
+PRECISION_CASES = [
+    *(("mean", weights, average) for weights in WEIGHTS for average in AVERAGES),
+    *((reduction, weights, "none") for reduction in ("sum", "none") for weights in WEIGHTS),
+]
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction, weights, average", PRECISION_CASES)
+@pytest.mark.parametrize("one_hot", [False, True])
+@every_precision
+def test_precision(
+    precision: Precision, one_hot: bool, reduction: str, weights: str, average: str, weight_dtype: torch.dtype
+) -> None:
+    """Its own dtype depends on the weights' and on how the average is given."""
+    generator = torch.Generator().manual_seed(2)
+    n = 4000 if reduction == "sum" else 60
+    pred = 4 * torch.randn(n, CLASSES, generator=generator, dtype=torch.float64) + 4
+    target = torch.randint(CLASSES + 1, (n,), generator=generator)
+    if one_hot:
+        target = nn.functional.one_hot(target, CLASSES + 1)[:, :CLASSES]
+    shape = WEIGHTS[weights]
+    weight = None
+    if shape is not None:
+        elements = n * CLASSES if shape == (60 * CLASSES,) else n
+        # Few bits: what the host rounds to the loss' dtype before it multiplies is exact.
+        weight = 1 + torch.randint(3, (elements,) if len(shape) == 1 else (n, CLASSES), generator=generator) / 4
+        weight = weight.to(weight_dtype)
+
+    def loss_of(kind: type[nn.Module], exact: bool = False) -> Any:
+        criterion = kind(gamma=2.0, alpha=0.25, loss_weight=2.0)
+        factor = AVERAGES[average]
+        if exact and isinstance(factor, Tensor):  # bfloat16 has no digits for the epsilon
+            factor = 12.0 if factor.dim() == 0 else factor.double()
+        given = weight.double() if exact and weight is not None else weight
+        return lambda x: criterion(x, target, given, avg_factor=factor, reduction_override=reduction)
+
+    loss = check(
+        loss_of(compat.FastFocalLoss),
+        loss_of(FocalLoss),
+        loss_of(FocalLoss, exact=True),
+        pred,
+        precision,
+        relative=3e-6,
+    )
+    if reduction == "sum":
+        assert loss.isinf() == (loss.dtype == torch.float16) and loss > 65504
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("label", [CLASSES + 1, -1, -2, 100])
+def test_an_anchor_label_that_is_none(label: int, weighted: bool) -> None:
+    """mmdet: an error on the CPU, background on CUDA; -1 was ignored here."""
+    pred, target = single(False)
+    target[3] = label
+    weight = torch.ones(60) if weighted else None
+    with pytest.raises(RuntimeError, match="Class values must be"):
+        FocalLoss()(pred, target, weight)
+    for reduction in ("mean", "sum", "none"):
+        with pytest.raises(
+            ValueError, match=rf"label {label} at \[3\] .*; expected one of the classes 0\.\.{CLASSES - 1}"
+        ):
+            compat.FastFocalLoss()(pred, target, weight, reduction_override=reduction)
+
+
+def test_the_mean_of_nothing() -> None:
+    pred, target = torch.zeros(0, CLASSES), torch.zeros(0, dtype=torch.int64)
+    for kind in (FocalLoss, compat.FastFocalLoss):
+        assert kind()(pred, target).isnan()
+        assert kind()(pred, target, avg_factor=3.0) == 0 and kind()(pred, target, reduction_override="sum") == 0
 
 
 def test_average_of_a_sum() -> None:
@@ -152,26 +230,35 @@ def head(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
 
 
+METAS = [{"img_shape": (128, 160), "pad_shape": (128, 160), "scale_factor": (1.0, 1.0)}] * 2
+
+
+def draw_features(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.rand(2, WIDTH, 128 // s, 160 // s, generator=generator).to(dtype).requires_grad_() for s in STRIDES]
+
+
+def objects(*classes: list[int]) -> list[InstanceData]:
+    """Of two images; the second has no objects."""
+    boxes = [[[10.0, 10.0, 50.0, 54.0], [60.0, 20.0, 130.0, 100.0]], []]
+    return [
+        InstanceData(bboxes=torch.tensor(b[: len(k)]).reshape(-1, 4), labels=torch.tensor(k, dtype=torch.int64))
+        for b, k in zip(boxes, classes or ([0, 6], []), strict=True)
+    ]
+
+
 def step(head: nn.Module) -> tuple[dict[str, Any], list[Tensor]]:
     """Losses, and the gradients of features and parameters. The second image has no objects."""
-    generator = torch.Generator().manual_seed(3)
-    features = [torch.rand(2, WIDTH, 128 // s, 160 // s, generator=generator).requires_grad_() for s in STRIDES]
-    boxes = [[[10.0, 10.0, 50.0, 54.0], [60.0, 20.0, 130.0, 100.0]], []]
-    classes = [[0, 6], []]
-    gt = [
-        InstanceData(bboxes=torch.tensor(b).reshape(-1, 4), labels=torch.tensor(k, dtype=torch.int64))
-        for b, k in zip(boxes, classes, strict=True)
-    ]
-    metas = [{"img_shape": (128, 160), "pad_shape": (128, 160), "scale_factor": (1.0, 1.0)}] * 2
+    features = draw_features()
     head.zero_grad()
-    losses = head.loss_by_feat(*head(tuple(features)), gt, metas)
+    losses = head.loss_by_feat(*head(tuple(features)), objects(), METAS)
     flat = [loss for value in losses.values() for loss in (value if isinstance(value, (list, tuple)) else [value])]
     torch.stack(flat).sum().backward()
     return losses, [t.grad.clone() for t in (*features, *head.parameters()) if t.grad is not None]
 
 
 def assert_same(ours: Any, theirs: Any, rtol: float) -> None:
-    """A loss, or a list with one a level, as the head has it."""
+    """A loss, or a list with one per level, as the head has it."""
     assert isinstance(ours, (list, tuple)) == isinstance(theirs, (list, tuple))
     for mine, stock in zip(*(v if isinstance(v, (list, tuple)) else [v] for v in (ours, theirs)), strict=True):
         torch.testing.assert_close(mine, stock, rtol=rtol, atol=rtol * 1e-2)
@@ -188,6 +275,69 @@ def test_same_losses_and_gradients(head: nn.Module) -> None:
     largest = max(float(g.abs().max()) for g in expected)
     for mine, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@every_precision
+def test_precision_of_the_heads(head: nn.Module, precision: Precision, empty: bool) -> None:
+    """Each loss has mmdet's dtype, which may depend on whether there are objects; a large sum has its value, from float64."""
+    with torch.no_grad():
+        for name, bias in head.named_parameters():
+            if name.endswith("_cls.bias"):
+                bias.fill_(30.0)
+    gt = objects([], []) if empty else objects()
+    losses, gradients = [], []
+    for kind in (copy.deepcopy(head), compat.accelerate(head)):
+        kind.to(precision.logits)
+        with precision.context():
+            outputs = kind(tuple(draw_features(precision.logits)))
+            losses.append(kind.loss_by_feat(*outputs, gt, METAS))
+        total = losses[-1]["loss_cls"]
+        total = torch.stack(total).float().sum() if isinstance(total, list) else total.float()
+        scale = 1024 if precision.logits == torch.float16 else 65536
+        gradients.append(torch.autograd.grad(total * scale, outputs[0]))
+    stock, ours = losses
+
+    def dtypes(found: dict[str, Any]) -> dict[str, Any]:
+        return {n: [v.dtype for v in (x if isinstance(x, list) else [x])] for n, x in found.items()}
+
+    assert dtypes(ours) == dtypes(stock)
+    compat.restore(head).double()
+    # The boxes' losses do not matter: the classes' are computed from the same logits in float64.
+    exact = head.loss_by_feat(
+        [x.double() for x in outputs[0]], *[[x.double() for x in o] for o in outputs[1:]], gt, METAS
+    )
+    rtol = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+    found = [v if isinstance(v, list) else [v] for v in (ours["loss_cls"], exact["loss_cls"])]
+    assert sum(float(true) for true in found[1]) > 4000
+    for mine, true in zip(*found, strict=True):
+        # One rounding, or the float32 sum; the focal loss of such a bias loses nothing in mmdet's 1 - p_t.
+        torch.testing.assert_close(mine, true.to(mine.dtype), rtol=rtol.get(mine.dtype, 1e-5), atol=0)
+    for mine, theirs in zip(*gradients[::-1], strict=True):
+        assert mine.dtype == theirs.dtype and (mine.isfinite() | ~theirs.isfinite()).all()
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1, CLASSES + 5])
+def test_an_object_label_that_is_no_class(head: nn.Module, label: int) -> None:
+    """mmdet trains an object of class K as background, and on CUDA one of any other such class too."""
+    compat.accelerate(head)
+    outputs = head(tuple(draw_features()))
+    message = (
+        rf"gt_instances\.labels: image 0, object 1 has label {label}; expected one of the classes 0\.\.{CLASSES - 1} "
+    )
+    with pytest.raises(ValueError, match=message):
+        head.loss_by_feat(*outputs, objects([3, label], []), METAS)
+    by_name = {"batch_gt_instances": objects([3, label], []), "batch_img_metas": METAS}
+    with pytest.raises(ValueError, match=message):
+        head.loss_by_feat(*outputs, **by_name)
+
+
+def test_one_class_labelled_1() -> None:
+    torch.manual_seed(0)
+    head = MODELS.build(ConfigDict({**COMMON, "loss_cls": LOSS, **HEADS["retina"], "num_classes": 1}))
+    outputs = compat.accelerate(head)(tuple(draw_features()))
+    with pytest.raises(ValueError, match=r"image 0, object 1 has label 1; expected 0, the one class"):
+        head.loss_by_feat(*outputs, objects([0, 1], []), METAS)
 
 
 def test_one_node_for_all_levels(head: nn.Module) -> None:

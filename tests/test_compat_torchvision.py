@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from precision import Precision, check, every_precision
 from torch import Tensor, nn
 
 pytest.importorskip("torchvision", exc_type=Exception)  # it does not load beside a CPU build of torch
@@ -178,6 +179,113 @@ def test_no_logits_are_concatenated_in_training(tiny: nn.Module) -> None:
     head = model.head.classification_head
     raw = head([torch.zeros(1, 32, 5, 7), torch.zeros(1, 32, 3, 4)])
     assert [t.shape[2:] for t in raw] == [(5, 7), (3, 4)]
+
+
+# --- 16 bits and autocast ---------------------------------------------------------------------------------------------
+
+
+def rows(levels: list[Tensor]) -> Tensor:
+    """(N, M, K) as torchvision's heads hand over."""
+    return torch.cat([x.unflatten(1, (-1, CLASSES)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], dim=1)
+
+
+def head_losses(kind: str, fast: bool) -> Callable[[Tensor], Tensor]:
+    """The classification loss of one head alone, a function of two levels' logits in one tensor; one image, two objects."""
+    anchors = 9 if kind == "retinanet" else 1
+    cells, width = ((60, 50), (16, 16)), anchors * CLASSES
+    m = anchors * sum(h * w for h, w in cells)
+    matches = torch.full((m,), -1)
+    matches[5] = 1
+    target = {"labels": torch.tensor([0, CLASSES - 1]), "boxes": torch.tensor([[0.0, 0, 9, 9], [0, 0, 8, 7]])}
+
+    def loss(x: Tensor) -> Tensor:
+        parts = x.split([width * h * w for h, w in cells])
+        levels = [t.view(1, width, h, w) for t, (h, w) in zip(parts, cells, strict=True)]
+        outputs: dict[str, Any] = {"cls_logits": levels if fast else rows(levels)}
+        if kind == "retinanet":
+            head = detection.retinanet.RetinaNetClassificationHead(8, anchors, CLASSES)
+            if fast:
+                head.__class__ = compat.FastRetinaNetClassificationHead
+            return head.compute_loss([target], outputs, [matches])
+        head = detection.fcos.FCOSHead(32, anchors, CLASSES)
+        if fast:
+            head.__class__ = compat.FastFCOSHead
+        outputs.update(bbox_regression=torch.ones(1, m, 4), bbox_ctrness=torch.zeros(1, m, 1))
+        boxes = torch.tensor([[0.0, 0.0, 8.0, 8.0]]).expand(m, 4)
+        return head.compute_loss([target], outputs, [boxes], [matches])["classification"]
+
+    return loss
+
+
+@pytest.mark.parametrize("kind", TINY)
+@every_precision
+def test_precision_of_the_heads(kind: str, precision: Precision) -> None:
+    """One positive, so that the sum, which is more than float16 has, is not divided."""
+    generator = torch.Generator().manual_seed(4)
+    size = CLASSES * (9 if kind == "retinanet" else 1) * (60 * 50 + 16 * 16)
+    spread = 4 if kind == "retinanet" else 20
+    x = (spread * torch.randn(size, generator=generator, dtype=torch.float64)).clamp(-27, 27)
+    ours, theirs = head_losses(kind, True), head_losses(kind, False)
+    # In float64 theirs loses what 1 - p_t cancels: at 27 all but five digits of the smallest terms. These are nothing in the
+    # sum, but have gradients of their own. The fused kernels' float64 is held to the oracle elsewhere.
+    loss = check(ours, theirs, ours, x, precision)
+    true = theirs(x.to(precision.logits).double())
+    assert true > 65504
+    torch.testing.assert_close(ours(x.to(precision.logits).double()), true, rtol=1e-9, atol=0)
+    assert loss.isinf() == (loss.dtype == torch.float16)
+
+
+@every_precision
+def test_precision_of_a_training_step(tiny: nn.Module, precision: Precision) -> None:
+    """Every loss has the dtype it had, the model itself being in 16 bits or not, and the gradients are finite."""
+    tiny.to(precision.logits).train()
+    found = []
+    for model in (copy.deepcopy(tiny), compat.accelerate(tiny)):
+        with precision.context():
+            losses = model(images(precision.logits), targets(precision.logits))
+        total = torch.stack([loss.float() for loss in losses.values()]).sum()
+        (total * (1 if precision.logits == torch.float16 else 65536)).backward()
+        found.append((losses, [p.grad for p in model.parameters() if p.grad is not None]))
+    (stock, gradients), (ours, mine) = found
+    assert {name: loss.dtype for name, loss in ours.items()} == {name: loss.dtype for name, loss in stock.items()}
+    for name, loss in ours.items():
+        # Theirs computes in 16 bits: a few roundings of 4e-3 (bfloat16) or 5e-4. FCOS in float16 has no center-ness loss.
+        torch.testing.assert_close(loss, stock[name], rtol=5e-2, atol=0, equal_nan=True)
+    assert ours["classification"].isfinite()
+    for gradient, theirs in zip(mine, gradients, strict=True):
+        assert gradient.isfinite().all() or not theirs.isfinite().all()
+
+
+# --- labels that are no class -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("label", [CLASSES, -1, CLASSES + 5, -7])
+def test_a_label_that_is_no_class(tiny: nn.Module, label: int, frozen: bool) -> None:
+    compat.accelerate(tiny).train()
+    tiny.head.classification_head.train(not frozen)
+    wrong = targets()
+    wrong[2]["labels"][0] = label
+    with pytest.raises(
+        ValueError, match=rf"labels: image 2, object 0 has label {label}; expected .*0\.\.{CLASSES - 1} "
+    ):
+        tiny(images(), wrong)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_one_class_labelled_1(kind: str) -> None:
+    """The commonest mistake; it trained as pure background."""
+    torch.manual_seed(0)
+    generator = AnchorGenerator(((16,), (32,), (64,)), ((1.0,),) * 3)
+    model = {"retinanet": detection.RetinaNet, "fcos": detection.FCOS}[kind](
+        Backbone(), 1, anchor_generator=generator, **SIZE
+    )
+    compat.accelerate(model).train()
+    batch = [{**t, "labels": torch.ones_like(t["labels"])} for t in targets()]
+    with pytest.raises(ValueError, match=r"labels: image 0, object 0 has label 1; expected 0, the one class"):
+        model(images(), batch)
+    losses = model(images(), [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets()])
+    assert losses["classification"] > 0
 
 
 # --- same everything else ---------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, SIXTEEN_BIT, Backend, assert_close, compare, expect, loss_function, run, tolerance
+from cases import DTYPES, SIXTEEN_BIT, SMALLEST, Backend, assert_close, compare, expect, loss_function, run, tolerance
 from oracle import element_gradient, element_loss
 from torch import Tensor
 
@@ -152,6 +152,76 @@ def test_accuracy_of_16_bit_logits_before_rounding(backend: Backend, dtype: torc
 def test_accuracy_with_label_smoothing(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
     levels, labels = hard_problem(grid(backend.sized(4095, 199), dtype, backend.device), "planes")
     losses_and_gradients(levels, labels, gamma=gamma, label_smoothing=0.125)
+
+
+@pytest.mark.parametrize("form", ["hard", "soft", "hard_smoothed", "soft_smoothed", "star"])
+@pytest.mark.parametrize("gamma", [0.1, 0.3, 2.7, 4.4, 7.0, 10.0])
+def test_accuracy_at_any_gamma(backend: Backend, gamma: float, form: str, generator: torch.Generator) -> None:
+    """Half of the logits where (1 - p_t)^gamma is near float32's least number: there its exponent's rounding weighs most."""
+    points = backend.sized(1 << 18, 1 << 11)
+    x = 56 * torch.rand(points, generator=generator) - 28
+    far = (87 - 30 * torch.rand(points, generator=generator)) / gamma
+    x = torch.cat([x, torch.where(x < 0, -far, far).clamp(-28, 28)]).to(backend.device)
+    drawn = torch.rand(4, len(x), generator=generator)
+    # At an end, at it but for what a logit of 28 sees, next to the other end, and anywhere.
+    near = torch.stack([drawn[0].round(), torch.exp(-28 * drawn[1]), 1 - torch.exp(-16 * drawn[2]), drawn[3]])
+    y = near.gather(0, torch.randint(4, (1, len(x)), generator=generator))[0].to(backend.device)
+    level = x.view(1, 1, 1, -1)
+    options = {"num_classes": 1, "gamma": gamma, "normalizer": None}
+    targets = [y.view(level.shape)] if form.startswith("soft") else [(y < 0.5).long()[None]]
+    if form == "star":
+        options["beta"] = 1.0
+    if form.endswith("smoothed"):
+        options["label_smoothing"] = 0.1
+    losses_and_gradients([level], targets, **options)
+
+
+@pytest.mark.parametrize("form", ["hard", "soft"])
+@pytest.mark.parametrize("gamma", [1e-30, 1e-3, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_far_logits_keep_what_smoothing_leaves_them(
+    backend: Backend, dtype: torch.dtype, gamma: float, form: str
+) -> None:
+    """e^(-gamma |x|) |x| is far from 0 where e^-|x| is 0: beyond 87.3 in float32, beyond 708 in float64."""
+    x = torch.logspace(np.log10(60), np.log10(min(80 / gamma, 8e29)), 1025, dtype=torch.float64).to(dtype)
+    x = torch.cat([x, -x]).to(backend.device)
+    y = torch.tensor([0.0, 1.0, 0.5, 0.125], dtype=dtype, device=backend.device).repeat_interleave(len(x))
+    level = x.repeat(4).view(1, 1, 1, -1)
+    soft = [y.view(level.shape)]
+    hard = [(1 - y.round()).long()[None]]  # label 1 is background
+    losses_and_gradients([level], soft if form == "soft" else hard, num_classes=1, gamma=gamma, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("form", ["labels", "smoothed", "soft", "star"])
+@pytest.mark.parametrize("gamma", [2.0, 3.3, 5.0, 20.0])
+def test_what_becomes_zero(backend: Backend, gamma: float, form: str) -> None:
+    """A factor below 1.2e-38, the least normal number: (1 - p_t)^gamma, e^z of the star. What multiplies it is no matter.
+
+    gamma 5, smoothing 0.3, x -17.5: the factor is 1e-38, the loss 2.6 times that and the gradient 13 times, before the weight.
+    """
+    weight = 1e6
+    level = torch.linspace(-28, 28, backend.sized(8192, 1024), device=backend.device).view(1, 1, 1, -1)
+    y = torch.zeros_like(level)
+    targets = [y] if form == "soft" else [torch.ones(1, level.numel(), dtype=torch.int64, device=backend.device)]
+    options = {"num_classes": 1, "gamma": gamma, "alpha": None, "normalizer": None, "loss_weight": weight}
+    x = level.double().cpu().numpy()
+    factor = np.exp(-gamma * np.logaddexp(0, -x))
+    if form == "smoothed":
+        options["label_smoothing"] = 0.3
+    if form == "star":
+        options["beta"] = 1.0
+        factor = np.exp(np.minimum(gamma * x - 1, 0))
+    with torch.no_grad():
+        (loss,) = loss_function(options)([level], targets, reduction="none", **options)
+    _, (grad,) = run([level], targets, reduction="sum", **options)
+    expected = expect([level], targets, reduction="none", **options)
+    for found, want, size in ((loss, *2 * (expected.loss[0],)), (grad, expected.grads[0], expected.magnitudes[0])):
+        found = found.double().cpu().numpy()
+        multiplied = size / factor  # what is left out of a factor of 1.2e-38 is that times this
+        # 5e-7: a rounding of the weight, of the product, and of what comes before.
+        bound = (tolerance(torch.float32, gamma) + 5e-7) * size + SMALLEST[torch.float32] * (1 + multiplied)
+        assert (np.abs(found - want) <= bound).all()
+        assert gamma == 2 or (found == 0).any()
 
 
 @pytest.mark.parametrize("alpha", [None, 0.0, 1.0, [0.0, 0.125, 0.5, 1.0]], ids=str)

@@ -97,6 +97,22 @@ def test_accuracy_with_label_smoothing(backend: Backend, gamma: float) -> None:
     test_formula.test_accuracy_with_label_smoothing(backend, torch.float32, gamma)
 
 
+@pytest.mark.parametrize("form", ("hard", "soft", "soft_smoothed"))
+def test_accuracy_at_a_large_gamma(backend: Backend, form: str, generator: torch.Generator) -> None:
+    test_formula.test_accuracy_at_any_gamma(backend, 10.0, form, generator)
+
+
+@pytest.mark.parametrize("form", ("hard", "soft"))
+def test_far_logits_keep_what_smoothing_leaves_them(backend: Backend, form: str) -> None:
+    test_formula.test_far_logits_keep_what_smoothing_leaves_them(backend, torch.float32, 0.1, form)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "none"))
+@pytest.mark.parametrize("name", ("labels", "soft_half", "anchor_weight"))
+def test_a_gradient_of_zero_stays_zero(backend: Backend, name: str, reduction: str) -> None:
+    test_grad_modes.test_a_gradient_of_zero_stays_zero(backend, torch.float32, name, reduction)
+
+
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 

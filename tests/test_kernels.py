@@ -257,7 +257,7 @@ def test_levels_may_differ_in_layout(backend: Backend, generator: torch.Generato
 
 
 def test_levels_may_differ_in_anchors(backend: Backend, generator: torch.Generator) -> None:
-    """SSD's heads have 4 or 6 anchors a cell; each level has its own A = channels / K."""
+    """SSD's heads have 4 or 6 anchors per cell; each level has its own A = channels / K."""
     parts = [Size(2, 4, 3, ((5, 5),)), Size(2, 6, 3, ((3, 3),)), Size(2, 1, 3, ((1, 1),))]
     levels = [draw_levels(part, generator)[0] for part in parts]
     labels = torch.cat([encode(draw_classes(part, generator), 3)[0] for part in parts], dim=1)

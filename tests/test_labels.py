@@ -173,7 +173,7 @@ def test_an_unknown_preset_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "value, preset",
-    [(-2, 'labels="torchvision" takes it for ignored'), (255, 'labels="segmentation" takes it for ignored')],
+    [(-2, 'It is ignored by labels="torchvision" or "effdet"'), (255, 'It is ignored by labels="segmentation"')],
 )
 def test_the_error_names_the_preset_that_would_fit(value: int, preset: str) -> None:
     with pytest.raises(ValueError, match=re.escape(preset)):

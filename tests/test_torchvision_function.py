@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import DTYPES, Backend, assert_close, half_ulp, tolerance
 from oracle import element_gradient, element_loss
+from precision import Precision, check, every_precision
 from torch import Tensor
 
-from fastfocal import reference, sigmoid_focal_loss
+from fastfocal import functional, reference, sigmoid_focal_loss
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 4, 5), (2, 3, 5, 7), (2, 1, 3, 2, 2), (0,), (3, 0, 2), (1031,)]
 
@@ -78,6 +80,67 @@ def test_dtypes_promote(size: int, dtypes: tuple[torch.dtype, torch.dtype], redu
     )
     loss.sum().backward()
     assert x.grad is not None and x.grad.dtype == x.dtype
+
+
+def large(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Logits whose losses sum up to more than float16 has."""
+    generator = torch.Generator().manual_seed(2)
+    x = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x, (torch.rand(shape, generator=generator) < 0.1).double()
+
+
+def of_targets(
+    function: Callable[..., Tensor], targets: Tensor, reduction: str, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """A function of the logits, with targets of their dtype or of `dtype`."""
+    return lambda x: function(x, targets.to(dtype or x.dtype), reduction=reduction)
+
+
+PRECISION_SHAPES = [(300, 400), (2, 3, 110, 200)]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", PRECISION_SHAPES, ids=str)
+@every_precision
+def test_precision(precision: Precision, shape: tuple[int, ...], reduction: str) -> None:
+    """Under autocast it is float32, as torch's cross entropy is there."""
+    x, y = large(shape)
+    dtype = precision.logits if precision.autocast is None else torch.float32
+    exact = of_targets(reference.sigmoid_focal_loss, y, reduction)
+    loss = check(of_targets(sigmoid_focal_loss, y, reduction), dtype, exact, x, precision)
+    if reduction == "sum":
+        assert loss.isinf() == (loss.dtype == torch.float16) and (loss > 65504).all()
+
+
+def test_reduced_losses_do_not_copy_16_bit_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither under autocast nor for float32 targets: the kernels read them as they are."""
+    seen = []
+    original = functional.focal_loss
+    monkeypatch.setattr(
+        functional, "focal_loss", lambda x, *rest, **options: (seen.append(x), original(x, *rest, **options))[1]
+    )
+    x, y = large((3, 2, 8, 9))
+    x = x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):
+            for reduction in ("mean", "sum"):
+                assert sigmoid_focal_loss(x, y.to(dtype), reduction=reduction).dtype == torch.float32
+    assert len(seen) == 4 and all(t.data_ptr() == x.data_ptr() for t in seen)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_compiled_under_autocast(reduction: str, autocast: bool) -> None:
+    """The dtype is decided without a break of the graph, and anew where autocast begins or ends."""
+    torch._dynamo.reset()
+    compiled = torch.compile(sigmoid_focal_loss, backend="eager", fullgraph=True)
+    x, y = (t.bfloat16() for t in large((5, 7)))
+    for enabled in (autocast, not autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            got = compiled(x, y, reduction=reduction)
+            want = sigmoid_focal_loss(x, y, reduction=reduction)
+        assert got.dtype == (torch.float32 if enabled else torch.bfloat16) and torch.equal(got, want)
+    torch._dynamo.reset()
 
 
 def test_any_strides(backend: Backend) -> None:
@@ -150,6 +213,21 @@ def test_same_dtypes_and_shapes_as_torchvision(torchvision_loss: Any, dtype: tor
     # Theirs rounds after each of a dozen operations.
     close = 32 * half_ulp(theirs.double().numpy(), dtype) if dtype in (torch.float16, torch.bfloat16) else 1e-5
     assert (abs((ours - theirs).double().numpy()) <= close).all()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("targets", ["alike", "float32", "float16"])
+@every_precision
+def test_same_precision_as_torchvision(
+    torchvision_loss: Any, precision: Precision, targets: str, reduction: str
+) -> None:
+    """A large sum, and a gradient scaled as a GradScaler scales it, under autocast and without."""
+    x, y = large((300, 400))
+    dtype = None if targets == "alike" else getattr(torch, targets)
+    ours, theirs = (of_targets(function, y, reduction, dtype) for function in (sigmoid_focal_loss, torchvision_loss))
+    # Exact in float64 within 4e-10: 1 - p_t of logits up to 13 has lost six digits.
+    exact = of_targets(reference.sigmoid_focal_loss, y, reduction)
+    check(ours, theirs, exact, x, precision)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 
 #include <cstdlib>
 #include <memory>
-#include <new>
 
 #include "../operators.h"
 
@@ -12,7 +11,7 @@ namespace fastfocal {
 struct Cpu {
   struct Scratch {  // not a tensor: making one goes through the dispatcher, a microsecond or two
     Scratch(const Tensor&, int64_t n, bool) : memory_(std::calloc(static_cast<size_t>(n > 0 ? n : 1), 8), std::free) {
-      if (memory_ == nullptr) throw std::bad_alloc();
+      if (memory_ == nullptr) out_of_memory(8 * n, aoti_torch_device_type_cpu(), -1, nullptr);
     }
     void* data() const { return memory_.get(); }
 

@@ -9,6 +9,24 @@
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
 
+// Where the incoming gradient is no part of the tile's scale.
+template <class T, class S>
+void multiply_finished(const Call& call, const Tile& tile) {
+  const double scale = scale_of<S>(call, tile.level, tile.image);
+  const S factor = S(factor_of_finished<S>(call, tile.level, tile.image, scale));
+  if (factor == S(1)) return;
+  const Level& level = call.levels.level[tile.level];
+  T* const g = static_cast<T*>(level.out) + tile.image * level.image_logits;
+  for (int64_t i = tile.begin; i < tile.end; ++i) {
+    const S product = times_incoming<S>(to_float(g[i]), factor);
+    if constexpr (sizeof(T) == sizeof(double)) {
+      g[i] = product;
+    } else {
+      g[i] = from_float<T>(product);
+    }
+  }
+}
+
 template <class T, class Formula, Output kOutput>
 void plain_tiles(const Call& call, const Formula& formula, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
@@ -21,6 +39,7 @@ void plain_tiles(const Call& call, const Formula& formula, int64_t begin, int64_
     } else {
       plain_tile<T, Formula, kOutput>(call, tile, formula, partial);
     }
+    if constexpr (kOutput == Output::kGradient) multiply_finished<T, float>(call, tile);
   }
 }
 
@@ -45,14 +64,16 @@ void general(const Call& call, int64_t begin, int64_t end) {
     const bool sums = call.output == Output::kLoss || call.output == Output::kLossAndGradient;
     double* partial = sums ? call.partial + t : nullptr;
     if (!sums && call.levels.level[tile.level].out == nullptr) continue;
+    bool done = false;
     if constexpr (sizeof(S) == sizeof(float)) {
       if (call.soft && has_constant_weights(call)) {
         call.wide_soft_targets ? soft_tile<T, float>(call, tile, formula, partial)
                                : soft_tile<T, T>(call, tile, formula, partial);
-        continue;
+        done = true;
       }
     }
-    general_tile<T, S>(call, tile, formula, partial);
+    if (!done) general_tile<T, S>(call, tile, formula, partial);
+    if (call.output == Output::kGradient) multiply_finished<T, S>(call, tile);
   }
 }
 

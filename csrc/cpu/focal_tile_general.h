@@ -154,6 +154,15 @@ class Gather {
   const int64_t anchor_base_;
 };
 
+// times_incoming() in vectors.
+template <class T, class V>
+inline V multiply_incoming(V slope, V incoming) {
+  using fastfocal::minus_absolute;
+  const auto is_finite = V(-__builtin_inff()) < minus_absolute(incoming);
+  const V least = select(is_finite, V(0.0f), V(-rounds_to_zero<T>()));
+  return select(minus_absolute(slope) < least, slope * incoming, slope);
+}
+
 template <class T, class S, class Formula>
 void general_tile(const Call& call, const Tile& tile, const Formula& formula, double* partial) {
   using L = Lanes<S>;
@@ -210,7 +219,7 @@ void general_tile(const Call& call, const Tile& tile, const Formula& formula, do
         }
       }
       V loss = weigh(t.loss, weight), slope = t.slope * weight;
-      if (incoming != nullptr) slope = slope * L::load(incoming + at, count);
+      if (incoming != nullptr) slope = multiply_incoming<T>(slope, L::load(incoming + at, count));
       if (!call.soft && block.any_ignored) {
         const auto is_ignored = half < L::load(block.ignored + i);
         loss = select(is_ignored, zero, loss);

@@ -11,6 +11,7 @@ namespace fastfocal {
 namespace FASTFOCAL_ISA {
 
 using fastfocal::fused_multiply_add;  // beside Vec's, for double
+using fastfocal::minus_absolute;
 using fastfocal::select;
 
 // Vectors that are taken together: all their exponentials first, then their logarithms where these are wanted twice, then the

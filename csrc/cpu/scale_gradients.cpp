@@ -27,8 +27,8 @@ void scale_piece(const void* source, void* target, int64_t begin, int64_t end, d
   };
   if (std::isfinite(f)) {
     scale_each([f](S g) { return g * f; });
-  } else {  // ignored anchors keep their 0
-    scale_each([f](S g) { return g == S(0) ? g : g * f; });
+  } else {
+    scale_each([f](S g) { return times_incoming(g, f); });
   }
 }
 

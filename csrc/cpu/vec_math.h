@@ -117,12 +117,7 @@ inline Vec exp_of_multiple(const Multiple<float>& c, Vec a, Vec b) {
 
 #endif
 
-inline Vec log_positive(Vec w) {
-  Vec n, m;
-  split_exponent(w, &n, &m);
-  const Vec f = m - Vec(1.0f);
-  return fused_multiply_add(n, Vec(0.693145752f), fused_multiply_add(f, log_polynomial(f), n * Vec(1.42860677e-6f)));
-}
+inline Vec log_positive(Vec w, Vec* low) { return log_by_polynomial(w, low); }
 
 }  // namespace FASTFOCAL_ISA
 }  // namespace fastfocal

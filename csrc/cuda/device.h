@@ -9,7 +9,7 @@ namespace fastfocal::cuda {
 
 struct Cuda {
   struct Scratch {  // from torch's allocator, which knows the stream
-    Scratch(const Tensor& like, int64_t n, bool zero) : memory_(torch::stable::new_empty(like, {n}, ScalarType::Long)) {
+    Scratch(const Tensor& like, int64_t n, bool zero) : memory_(new_numbers(like, n, ScalarType::Long)) {
       if (zero) torch::stable::zero_(memory_);
     }
     void* data() const { return memory_.mutable_data_ptr(); }

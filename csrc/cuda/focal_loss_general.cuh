@@ -24,6 +24,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
     const int64_t base = tile.image * level.image_logits;
     const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
     const S scale = S(work.scale);
+    const bool gradient = call.output == Output::kGradient;
+    const S finished = gradient ? S(factor_of_finished<S>(call, tile.level, tile.image, work.scale)) : S(1);
 
     double sum = 0;
     for (int64_t j = tile.begin + threadIdx.x; j < tile.end; j += kThreads) {
@@ -50,13 +52,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4) general_kern
       sum += double(loss);
       if (level.out != nullptr) {
         S slope = t.slope * weight;
-        if (call.incoming_elements) slope *= S(to_float(static_cast<const T*>(level.incoming)[base + j]));
         if (ignored) slope = S(0);  // whatever it was multiplied by
+        if (call.incoming_elements) {
+          const S incoming = to_float(static_cast<const T*>(level.incoming)[base + j]);
+          const bool is_finite = fabs(incoming) < S(INFINITY);
+          if (!(fabs(slope) <= (is_finite ? S(0) : S(rounds_to_zero<T>())))) slope *= incoming;
+        }
+
         const S y = call.output == Output::kElementLoss ? loss : slope;
+        T* const out = static_cast<T*>(level.out) + base + j;
         if constexpr (sizeof(T) == sizeof(double)) {
-          static_cast<T*>(level.out)[base + j] = y;
+          *out = finished == S(1) ? y : times_incoming<S>(y, finished);
         } else {
-          static_cast<T*>(level.out)[base + j] = from_float<T>(y);
+          *out = from_float<T>(y);
+          if (finished != S(1)) *out = from_float<T>(times_incoming<S>(to_float(*out), finished));
         }
       }
     }

@@ -362,6 +362,13 @@ __global__ void __launch_bounds__(kThreads, 4) plain_kernel(const __grid_constan
       const double sum = block_sum(weigh(double(thread.negatives[0]) + double(thread.negatives[1]), call.negative_weight) +
                                    weigh(thread.positives, call.positive_weight));
       if (threadIdx.x == 0) call.partial[index] = weigh(sum, work.scale);
+    } else {
+      const float finished = float(factor_of_finished<float>(call, tile.level, tile.image, work.scale));
+      if (finished != 1.0f) {
+        __syncthreads();  // the tile has been written
+        for (int64_t i = tile.begin + threadIdx.x; i < tile.end; i += kThreads)
+          g[i] = from_float<T>(times_incoming(to_float(g[i]), finished));
+      }
     }
   }
 }

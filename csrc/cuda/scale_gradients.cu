@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
         incoming_scale<S>(call.incoming, call.incoming_stride, call.reduction, call.first_level + piece.level, piece.image));
     if (factor == S(1) && level.source == level.target) continue;
     const bool finite = factor - factor == S(0);
-    const auto times = [=](S g) { return finite || g != S(0) ? g * factor : g; };  // ignored anchors keep their 0
+    const auto times = [=](S g) { return finite ? g * factor : times_incoming(g, factor); };
     const T* from = static_cast<const T*>(level.source);
     T* to = static_cast<T*>(level.target);
     for (int64_t i = piece.begin + threadIdx.x; i < piece.end; i += kThreads) {

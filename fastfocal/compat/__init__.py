@@ -1,4 +1,4 @@
-"""fastfocal inside detectors that people train: one file a host, each importing its host alone.
+"""fastfocal inside detectors that people train: one file per host, each importing its host alone.
 
 Nothing is patched on import. Every swap is a function that the user calls, can be undone, and names what it is equal to.
 """

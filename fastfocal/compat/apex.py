@@ -4,8 +4,8 @@
 
 Equivalent to apex's function (6424da3): classes 0..num_real_classes - 1, background -1, ignored -2, the sum divided by
 num_positives_sum, label smoothing as in effdet. Written from apex's source and documentation; apex itself needs a GPU to run.
-Unlike apex's, a second backward through the same graph gives the same gradient, bfloat16 works, and no number of classes is
-required to be a multiple of anything.
+Unlike apex's, a second backward through the same graph gives the same gradient, bfloat16 works, no number of classes is
+required to be a multiple of anything, and a label that is none of these is an error (of the kernels: a ValueError on the CPU).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 import fastfocal
-from fastfocal.compat.conventions import NEGATIVE_BACKGROUND
 
 
 def focal_loss(
@@ -31,7 +30,7 @@ def focal_loss(
 
     Args:
         cls_output: logits (..., A, K) with K >= num_real_classes; classes beyond these pad the memory, cost nothing and get
-            gradient 0. A list has one a level.
+            gradient 0. A list has one per level.
         cls_targets_at_level: (..., A) integers; a list with a list.
         num_positive_sum: what the sum is divided by, one element.
         num_real_classes: classes that count.
@@ -41,7 +40,7 @@ def focal_loss(
         A 0-d tensor; float32, or float64 for float64 logits.
 
     Raises:
-        ValueError: num_real_classes is more than K.
+        ValueError: num_real_classes is more than K; a label is neither a class nor -1 nor -2.
     """
     levels = [cls_output] if isinstance(cls_output, Tensor) else list(cls_output)
     targets = [cls_targets_at_level] if isinstance(cls_targets_at_level, Tensor) else list(cls_targets_at_level)
@@ -56,8 +55,7 @@ def focal_loss(
         [t.reshape(-1) for t in targets],
         alpha=alpha,
         gamma=gamma,
-        background_index=NEGATIVE_BACKGROUND.background,
-        ignore_index=NEGATIVE_BACKGROUND.ignored,
+        labels="effdet",
         label_smoothing=label_smoothing,
         normalizer=num_positive_sum.reshape(()),
     )

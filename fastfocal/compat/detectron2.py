@@ -8,7 +8,10 @@ a dense target. Loss dict, the logged number of positives, state_dict and infere
 number of positives, which divides the losses, stays on the device. `restore` undoes it.
 
 Equivalent to RetinaNet.losses and FCOS.losses of detectron2.modeling.meta_arch (02b5c4e): background K, ignored -1 (RetinaNet
-alone), normalizer `0.9 * before + 0.1 * max(positives, 1)`, which starts at 100 (RetinaNet) or 300 (FCOS).
+alone), normalizer `0.9 * before + 0.1 * max(positives, 1)`, which starts at 100 (RetinaNet) or 300 (FCOS). The classification
+loss is float32 for logits of any dtype, as fvcore computes it. Unlike there, an object whose class is outside 0..K-1 is a
+ValueError that names it: detectron2 silently takes K for background. -1 in RetinaNet stays what it is there, an object whose
+anchors are ignored.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal.compat import swaps
+from fastfocal.compat.conventions import IGNORED, check_classes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,13 +54,20 @@ def _classification_loss(model: Any, logits: list[Tensor], labels: Tensor, norma
         normalizer=normalizer,
     )
     assert isinstance(loss, Tensor)
-    return loss
+    return loss.float()
+
+
+def _over(loss: Tensor, normalizer: Tensor) -> Tensor:
+    """Their quotient in the loss' dtype, as detectron2's division by a Python number has it; the normalizer is float64."""
+    return (loss / normalizer).to(loss.dtype)
 
 
 class FastRetinaNet(retinanet.RetinaNet):  # type: ignore[misc]
     """detectron2's RetinaNet; only `forward_training` differs."""
 
     def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> dict[str, Tensor]:
+        classes = [x.gt_classes for x in gt_instances]
+        check_classes("gt_classes", classes, self.num_classes, ignored=IGNORED)
         logits, deltas = predictions
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
@@ -75,7 +86,7 @@ class FastRetinaNet(retinanet.RetinaNet):  # type: ignore[misc]
         )
         losses = {
             "loss_cls": _classification_loss(self, logits, labels, normalizer),
-            "loss_box_reg": boxes / normalizer,
+            "loss_box_reg": _over(boxes, normalizer),
         }
         _log_positives(count, len(gt_labels))
         return losses
@@ -85,6 +96,7 @@ class FastFCOS(fcos.FCOS):  # type: ignore[misc]
     """detectron2's FCOS; only `forward_training` differs."""
 
     def forward_training(self, images: Any, features: Any, predictions: Any, gt_instances: Any) -> dict[str, Tensor]:
+        check_classes("gt_classes", [x.gt_classes for x in gt_instances], self.num_classes)
         logits, deltas, centerness = predictions
         anchors = self.anchor_generator(features)
         gt_labels, gt_boxes = self.label_anchors(anchors, gt_instances)
@@ -106,8 +118,8 @@ class FastFCOS(fcos.FCOS):  # type: ignore[misc]
         )
         losses = {
             "loss_fcos_cls": _classification_loss(self, logits, labels, normalizer),
-            "loss_fcos_loc": boxes / normalizer,
-            "loss_fcos_ctr": center / normalizer,
+            "loss_fcos_loc": _over(boxes, normalizer),
+            "loss_fcos_ctr": _over(center, normalizer),
         }
         _log_positives(count, len(gt_labels))
         return losses

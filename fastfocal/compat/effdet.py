@@ -8,20 +8,24 @@ outputs of all levels go to one call, which reads them in place. Box loss, total
 undoes it.
 
 Equivalent to effdet.loss.loss_fn (0.4.1), its focal loss with label smoothing and its "legacy" one: classes 0..K-1, background
--1, ignored -2, all levels divided by the number of positives + 1.
+-1, ignored -2, all levels divided by the number of positives + 1; all three losses are float32 for outputs of any dtype.
+
+Objects' classes, in the target that a DetBenchTrain labels anchors with, are 1..K, and negative for padding. Others are a
+ValueError that names image and object: effdet takes 0 for background silently, and has an error of an index for K + 1.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import effdet.bench
 import effdet.loss
 import torch
 from torch import Tensor, nn
 
 import fastfocal
 from fastfocal.compat import swaps
-from fastfocal.compat.conventions import NEGATIVE_BACKGROUND
+from fastfocal.compat.conventions import check_classes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,12 +57,12 @@ class FastDetectionLoss(effdet.loss.DetectionLoss):  # type: ignore[misc]
             num_classes=self.num_classes,
             alpha=self.alpha,
             gamma=self.gamma,
-            background_index=NEGATIVE_BACKGROUND.background,
-            ignore_index=NEGATIVE_BACKGROUND.ignored,
+            labels="effdet",
             label_smoothing=0.0 if self.legacy_focal else self.label_smoothing,
             normalizer=divisor,
         )
         assert isinstance(cls_loss, Tensor)
+        cls_loss = cls_loss.float()
         boxes = [
             effdet.loss._box_loss(outputs.permute(0, 2, 3, 1).float(), targets, divisor, delta=self.delta)
             for outputs, targets in zip(box_outputs, box_targets, strict=True)
@@ -67,21 +71,33 @@ class FastDetectionLoss(effdet.loss.DetectionLoss):  # type: ignore[misc]
         return cls_loss + self.box_loss_weight * box_loss, cls_loss, box_loss
 
 
+class CheckedDetBenchTrain(effdet.bench.DetBenchTrain):  # type: ignore[misc]
+    """effdet.DetBenchTrain; `forward` checks the objects' classes first, where it is the bench that labels the anchors."""
+
+    def forward(self, x: Tensor, target: dict[str, Any]) -> dict[str, Tensor]:
+        if self.anchor_labeler is not None:
+            padding_is_legal = [classes.masked_fill(classes < 0, 1) for classes in target["cls"]]
+            check_classes('target["cls"]', padding_is_legal, self.num_classes, first=1)
+        losses: dict[str, Tensor] = super().forward(x, target)
+        return losses
+
+
 _FAST: swaps.Swaps = {effdet.loss.DetectionLoss: FastDetectionLoss}
+_AROUND: swaps.Swaps = {effdet.bench.DetBenchTrain: CheckedDetBenchTrain}
 
 
 def accelerate(model: Model) -> Model:
     """Makes fastfocal compute the classification loss of every effdet DetectionLoss inside `model`, such as a DetBenchTrain.
 
     Returns:
-        The same model; its losses have changed their class and nothing else.
+        The same model; its losses, and a DetBenchTrain around them, have changed their class and nothing else.
 
     Raises:
         ValueError: no DetectionLoss of effdet is in it, or one is that was subclassed.
     """
-    return swaps.accelerate(model, _FAST, "model", "effdet's DetectionLoss")
+    return swaps.accelerate(model, _FAST, "model", "effdet's DetectionLoss", around=_AROUND)
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`."""
-    return swaps.restore(model, _FAST)
+    return swaps.restore(model, {**_FAST, **_AROUND})

@@ -6,7 +6,8 @@
 
 Equivalent to loss.FocalLoss of that repository (2d7c663): smooth L1 over the boxes of positives plus focal loss star (gamma 2,
 beta 1, alpha 0.25), both divided by the number of positives. Targets: 0 is background, 1..K are classes, -1 is ignored. Two
-things differ, on purpose: a batch without positives is divided by 1 and not by 0, and nothing is printed at every step.
+things differ, on purpose: a batch without positives is divided by 1 and not by 0, and nothing is printed at every step. A label
+that is none of these is an error of the kernels, a ValueError on the CPU. As there, the loss is at least float32: targets are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat.conventions import ZERO_BACKGROUND
 from fastfocal.functional import Normalizer
 
 
@@ -60,8 +60,11 @@ class FocalLoss(nn.Module):
 
         Returns:
             A 0-d tensor, (boxes + classes) / positives.
+
+        Raises:
+            ValueError: a label is outside -1..K (on CUDA: a device-side assertion).
         """
-        positive = cls_targets > ZERO_BACKGROUND.background
+        positive = cls_targets > 0  # the classes are 1..K
         count = positive.sum().clamp(min=1)
         boxes = nn.functional.smooth_l1_loss(as_rows(loc_preds, 4)[positive], loc_targets[positive], reduction="sum")
         return boxes / count + self._classification(cls_preds, cls_targets, "positives", self.star)
@@ -74,8 +77,7 @@ class FocalLoss(nn.Module):
             logits,
             labels,
             num_classes=self.num_classes,
-            background_index=ZERO_BACKGROUND.background,
-            ignore_index=ZERO_BACKGROUND.ignored,
+            labels="kuangliu",
             normalizer=normalizer,
         )
         assert isinstance(loss, Tensor)

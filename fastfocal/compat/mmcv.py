@@ -2,10 +2,13 @@
 
     from fastfocal.compat.mmcv import sigmoid_focal_loss, softmax_focal_loss
 
-Equivalent to mmcv's functions (a8073c7), which need CUDA: "mean" divides by the rows; a label that is no class is background
-for the sigmoid, a negative one costs nothing for the softmax. Two things differ, on purpose: mmcv reads `weight[K]`, which is
-not there, for background (here: 1), and loses logits of 17 and more to `log(1 - p)`. Written from mmcv's kernels; mmcv itself
-was not run.
+Equivalent to mmcv's functions (a8073c7), which need CUDA: "mean" divides by the rows; for the sigmoid the labels K and -1 are
+background, for the softmax a negative one costs nothing. Three things differ, on purpose: mmcv reads `weight[K]`, which is not
+there, for background (here: 1), loses logits of 17 and more to `log(1 - p)`, and takes other labels for background (sigmoid) or
+reads beyond its memory (softmax), where they are an error here. Written from mmcv's kernels; mmcv itself was not run.
+
+Losses have the logits' dtype, but a sum or mean is float32 under autocast: so torch sums 16 bits on CUDA, and mmcv's functions
+run there alone. Sums are computed in float32 or float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import torch
 from torch import Tensor
 
 import fastfocal
+from fastfocal.compat.conventions import check_rows
+from fastfocal.functional import entropy_dtype
+from fastfocal.labels import NOTHING_IGNORED
 from fastfocal.ops import accumulation_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -31,32 +37,37 @@ def sigmoid_focal_loss(
 
     Args:
         input: logits (n, K).
-        target: labels (n,), 0..K-1; anything else is background.
+        target: labels (n,), 0..K-1; K and -1 are background.
         gamma, alpha: as in the paper.
         weight: (K,), a factor for each row by its label; 1 for background.
         reduction: "none", (n, K); "mean", over the rows; "sum".
 
     Raises:
-        ValueError: another reduction, or a weight of another shape.
+        ValueError: another reduction, a weight of another shape, or a label that is neither class nor background (on CUDA: a
+            device-side assertion).
     """
     _check(input, weight, reduction)
     classes = input.shape[1]
-    labels = torch.where((target >= 0) & (target < classes), target, classes)
+    labels = torch.where(target == -1, classes, target)
     rows = None
     if weight is not None:
         weight = weight.to(accumulation_dtype(input.dtype))
-        rows = torch.cat([weight, weight.new_ones(1)])[labels]
+        # Labels out of range find a weight here, and their error in the kernel.
+        rows = torch.cat([weight, weight.new_ones(1)])[labels.clamp(0, classes)]
     loss = fastfocal.focal_loss(
         input,
         labels,
         alpha=alpha,
         gamma=gamma,
+        ignore_index=NOTHING_IGNORED,
         weight=rows,
-        normalizer=float(max(1, len(input))) if reduction == "mean" else None,
+        normalizer=float(len(input)) if reduction == "mean" and len(input) else None,
         reduction="none" if reduction == "none" else "sum",
     )
     assert isinstance(loss, Tensor)
-    return loss.to(input.dtype)
+    if reduction == "mean" and len(input) == 0:
+        loss = loss * float("nan")  # the mean of nothing
+    return loss.to(_dtype(input, reduction))
 
 
 def softmax_focal_loss(
@@ -77,23 +88,30 @@ def softmax_focal_loss(
         reduction: "none", (n,); "mean", over the rows; "sum".
 
     Raises:
-        ValueError: another reduction, or a weight of another shape.
+        ValueError: another reduction, a weight of another shape, or a label of K and more (on CUDA: a device-side assertion).
     """
     _check(input, weight, reduction)
+    check_rows("target", target, input.shape[1])
     label = target.clamp(min=0)
-    log_p = torch.log_softmax(input, dim=1).gather(1, label.unsqueeze(1)).squeeze(1)
+    log_p = torch.log_softmax(input, dim=1, dtype=accumulation_dtype(input.dtype))
+    log_p = log_p.gather(1, label.unsqueeze(1)).squeeze(1)
     missing = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)  # 1 - p, with a slope where gamma < 1
     loss = -alpha * missing.pow(gamma) * log_p
     if weight is not None:
         loss = loss * weight[label]
     loss = torch.where(target >= 0, loss, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() / len(input) if reduction == "mean" else loss.sum()
+    if reduction != "none":
+        loss = loss.sum() / (len(input) if reduction == "mean" else 1)
+    return loss.to(_dtype(input, reduction))
+
+
+def _dtype(input: Tensor, reduction: str) -> torch.dtype:
+    """That of mmcv's losses."""
+    return input.dtype if reduction == "none" else entropy_dtype(input, input)
 
 
 def _check(input: Tensor, weight: Tensor | None, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if weight is not None and tuple(weight.shape) != (input.shape[1],):
-        raise ValueError(f"weight: expected shape ({input.shape[1]},), one a class, got {tuple(weight.shape)}")
+        raise ValueError(f"weight: expected shape ({input.shape[1]},), one per class, got {tuple(weight.shape)}")

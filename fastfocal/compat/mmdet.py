@@ -11,10 +11,18 @@ undoes it.
 
 Equivalent to mmdet.models.losses.FocalLoss (3.3.0): background K, anchors of weight 0 ignored, the mean over `avg_factor` plus
 the float32 epsilon. Here it runs on the CPU and in bfloat16 too, and mmcv's compiled operators are not needed for it.
+
+Losses have the dtype of mmdet's own computation in PyTorch (py_sigmoid_focal_loss, which it uses without CUDA): float32 under
+autocast; else what logits, weights and a tensor `avg_factor` promote to. Sums are float32 or float64 inside and rounded once.
+
+Labels of anchors are 0..K; another one is an error of the kernels, a ValueError on the CPU (mmdet: an error there, background
+on CUDA). An object's label is 0..K-1; the heads have a ValueError that names image and object for any other, where mmdet trains
+the anchors of an object labelled K as background.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -26,9 +34,13 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal.compat import swaps
-from fastfocal.compat.conventions import IGNORED
+from fastfocal.compat.conventions import check_classes
+from fastfocal.functional import entropy_dtype
+from fastfocal.labels import NOTHING_IGNORED
 from fastfocal.ops import accumulation_dtype
 
+# The label of an anchor of weight 0: none that an assigner gives, so that -1 among these is an error.
+NOT_COUNTED = NOTHING_IGNORED
 EPSILON = torch.finfo(torch.float32).eps
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,28 +79,37 @@ class FastFocalLoss(FocalLoss):  # type: ignore[misc]
             raise ValueError('avg_factor can not be used with reduction="sum"')
         rows, elements = pred.reshape(-1, pred.shape[-1]), pred.numel()
         soft = target.dim() == pred.dim()
-        given = target.reshape(rows.shape).to(pred.dtype) if soft else target.reshape(-1)
-        options = {"alpha": self.alpha, "gamma": self.gamma, "loss_weight": self.loss_weight}
+        options = {
+            "alpha": self.alpha,
+            "gamma": self.gamma,
+            "loss_weight": self.loss_weight,
+            "ignore_index": NOTHING_IGNORED,
+        }
+        dtype = _dtype(pred, weight, avg_factor, reduction)
         per_anchor = weight is not None and weight.numel() == len(rows)
-        if reduction == "none" or (weight is not None and not per_anchor):
-            anchor_weight = weight.reshape(-1).float() if weight is not None and per_anchor else None
+        anchor_weight = (
+            weight.reshape(-1).to(accumulation_dtype(pred.dtype)) if weight is not None and per_anchor else None
+        )
+        elementwise = reduction == "none" or (weight is not None and not per_anchor)
+        if elementwise:  # losses have the logits' dtype: 16 bits would be rounded before they are weighed or added
+            wide = reduction != "none" or (weight is not None and not per_anchor)
+            rows = rows.to(accumulation_dtype(pred.dtype) if wide else dtype)
+        given = target.reshape(rows.shape).to(rows.dtype) if soft else target.reshape(-1)
+        if elementwise:
             loss = _tensor(
                 fastfocal.focal_loss(rows, given, weight=anchor_weight, normalizer=None, reduction="none", **options)
             ).view(pred.shape)
             if weight is not None and not per_anchor:
                 loss = loss * weight.view(loss.shape)
-            if reduction == "none":
-                return loss
-            return loss.sum() / _divisor(reduction, avg_factor, elements)
-        return _tensor(
-            fastfocal.focal_loss(
-                rows,
-                given,
-                weight=None if weight is None else weight.reshape(-1).to(accumulation_dtype(pred.dtype)),
-                normalizer=_divisor(reduction, avg_factor, elements),
-                **options,
-            )
-        ).to(pred.dtype)
+            if reduction != "none":
+                loss = loss.sum() / _divisor(reduction, avg_factor, elements)
+            return loss.to(dtype)
+        of_nothing = elements == 0 and avg_factor is None and reduction == "mean"
+        divisor = None if of_nothing else _divisor(reduction, avg_factor, elements)
+        loss = _tensor(fastfocal.focal_loss(rows, given, weight=anchor_weight, normalizer=divisor, **options)).to(dtype)
+        if isinstance(avg_factor, Tensor):
+            loss = loss.reshape(avg_factor.shape)  # () or (1,)
+        return loss * float("nan") if of_nothing else loss
 
 
 def _tensor(loss: Tensor | list[Tensor]) -> Tensor:
@@ -99,7 +120,21 @@ def _tensor(loss: Tensor | list[Tensor]) -> Tensor:
 def _divisor(reduction: str, avg_factor: float | Tensor | None, elements: int) -> float | Tensor:
     if reduction == "sum":
         return 1.0
-    return float(max(1, elements)) if avg_factor is None else avg_factor + EPSILON
+    return float(elements) if avg_factor is None else avg_factor + EPSILON
+
+
+def _dtype(
+    pred: Tensor, weight: Tensor | None, avg_factor: float | Tensor | None, reduction: str = "mean"
+) -> torch.dtype:
+    """That of py_sigmoid_focal_loss: of elementwise losses times weights, over an average."""
+    dtype = entropy_dtype(pred, pred)
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    if isinstance(avg_factor, Tensor) and reduction == "mean":
+        average = avg_factor.dtype if avg_factor.is_floating_point() else torch.get_default_dtype()
+        # A sum has no dimension: a divisor that has one decides.
+        dtype = average if avg_factor.dim() > 0 else torch.promote_types(dtype, average)
+    return dtype
 
 
 class _Recorder(nn.Module):
@@ -125,6 +160,8 @@ class OneCall:
     def loss_by_feat(self, cls_scores: list[Tensor], *rest: Any, **options: Any) -> dict[str, Any]:
         """As the head's own; `loss_cls` is the list of levels' losses, or the one of all, as the head has it."""
         check_loss(self)
+        given = inspect.signature(super().loss_by_feat).bind(cls_scores, *rest, **options).arguments  # type: ignore[misc]
+        check_classes("gt_instances.labels", [x.labels for x in given.get("batch_gt_instances", ())], self.num_classes)
         stock, channels, recorder = self.loss_cls, self.cls_out_channels, _Recorder()
         # The head assigns targets and computes the other losses; for the classes it sees one that takes no memory.
         blank = [x.new_zeros(()).expand(x.shape[0], x.shape[1] // channels, *x.shape[2:]) for x in cls_scores]
@@ -141,7 +178,7 @@ class OneCall:
         if weights:
             by_level = self._by_level(weights, anchors, cls_scores)
             if self.train_cfg["pos_weight"] <= 0:  # then a weight is 0 or 1
-                labels = [y.masked_fill(w == 0, IGNORED) for y, w in zip(labels, by_level, strict=True)]
+                labels = [y.masked_fill(w == 0, NOT_COUNTED) for y, w in zip(labels, by_level, strict=True)]
             else:
                 anchor_weight = [w.to(accumulation_dtype(cls_scores[0].dtype)) for w in by_level]
         loss = _tensor(
@@ -151,12 +188,13 @@ class OneCall:
                 num_classes=self.num_classes,
                 alpha=stock.alpha,
                 gamma=stock.gamma,
+                ignore_index=NOT_COUNTED,
                 weight=anchor_weight,
                 normalizer=_divisor("mean", recorder.calls[0][2], 1),
                 reduction="level" if per_level else "sum",
                 loss_weight=stock.loss_weight,
             )
-        )
+        ).to(_dtype(cls_scores[0], *recorder.calls[0][1:]))
         losses["loss_cls"] = list(loss.unbind()) if per_level else loss
         return losses
 

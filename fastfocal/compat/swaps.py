@@ -12,7 +12,12 @@ Swaps = dict[type[nn.Module], type[nn.Module]]  # the host's class: fastfocal's 
 
 
 def accelerate(
-    root: Root, swaps: Swaps, name: str, expected: str, check: Callable[[nn.Module], None] | None = None
+    root: Root,
+    swaps: Swaps,
+    name: str,
+    expected: str,
+    check: Callable[[nn.Module], None] | None = None,
+    around: Swaps | None = None,
 ) -> Root:
     """Every module in `root` of one of the host's classes gets fastfocal's; all are checked before the first is changed.
 
@@ -21,6 +26,7 @@ def accelerate(
         name: what the user calls `root`, for the errors.
         expected: the host's classes in words.
         check: raises ValueError for a module that fastfocal's class would compute wrongly.
+        around: the host's modules around those, whose swap only checks what goes in; there may be none, and subclasses stay.
 
     Raises:
         ValueError: none is there, or one is that was subclassed, whose own code a swap would drop.
@@ -33,8 +39,9 @@ def accelerate(
             raise ValueError(f"{name}: expected {expected} as they are, found the subclass {type(module).__name__}")
         if check is not None:
             check(module)
-    for module in found:
-        module.__class__ = swaps.get(type(module), type(module))
+    changes = {**swaps, **(around or {})}
+    for module in root.modules():
+        module.__class__ = changes.get(type(module), type(module))
     return root
 
 

@@ -8,7 +8,10 @@ gradient; torchvision permutes and concatenates all levels, makes a dense target
 Loss dict, state_dict and evaluation stay as they are. `restore` undoes it.
 
 Equivalent to torchvision.models.detection.retinanet.RetinaNetClassificationHead (alpha 0.25, gamma 2, each image by its own
-number of positives, anchors between the thresholds ignored) and .fcos.FCOSHead (all images by their number of positives).
+number of positives, anchors between the thresholds ignored) and .fcos.FCOSHead (all images by their number of positives). The
+loss has the dtype that theirs has: float32 under autocast, else the logits'. Unlike there, a label outside 0..K-1 is a
+ValueError that names image and object (theirs: an IndexError for K, if an anchor is matched; -1 silently means the last class,
+or background in FCOS).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from torchvision.models.detection import fcos, retinanet
 
 import fastfocal
 from fastfocal.compat import swaps
-from fastfocal.compat.conventions import labels_of_matches
+from fastfocal.compat.conventions import check_classes, labels_of_matches
+from fastfocal.functional import entropy_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 HeadOutputs = dict[str, Any]
@@ -34,7 +38,7 @@ def _raw_outputs(head: Any, features: list[Tensor]) -> list[Tensor]:
 
 
 class FastRetinaNetClassificationHead(retinanet.RetinaNetClassificationHead):  # type: ignore[misc]
-    """RetinaNet's classification head; in training `forward` returns a list of raw outputs, one a level."""
+    """RetinaNet's classification head; in training `forward` returns a list of raw outputs, one per level."""
 
     def forward(self, x: list[Tensor]) -> Any:
         return _raw_outputs(self, x) if self.training else super().forward(x)
@@ -42,19 +46,19 @@ class FastRetinaNetClassificationHead(retinanet.RetinaNetClassificationHead):  #
     def compute_loss(
         self, targets: list[dict[str, Tensor]], head_outputs: HeadOutputs, matched_idxs: list[Tensor]
     ) -> Tensor:
+        classes = [t["labels"] for t in targets]
+        check_classes("labels", classes, self.num_classes)
         logits = head_outputs["cls_logits"]
         if isinstance(logits, Tensor):  # made in evaluation mode, by a frozen head
             return super().compute_loss(targets, head_outputs, matched_idxs)
-        labels = labels_of_matches(
-            matched_idxs, [t["labels"] for t in targets], self.num_classes, ignored=self.BETWEEN_THRESHOLDS
-        )
+        labels = labels_of_matches(matched_idxs, classes, self.num_classes, ignored=self.BETWEEN_THRESHOLDS)
         loss = fastfocal.focal_loss(logits, labels, num_classes=self.num_classes, normalizer="positives_per_image")
         assert isinstance(loss, Tensor)
-        return loss
+        return loss.to(entropy_dtype(logits[0], logits[0]))
 
 
 class FastFCOSClassificationHead(fcos.FCOSClassificationHead):  # type: ignore[misc]
-    """FCOS's classification head; in training `forward` returns a list of raw outputs, one a level."""
+    """FCOS's classification head; in training `forward` returns a list of raw outputs, one per level."""
 
     def forward(self, x: list[Tensor]) -> Any:
         return _raw_outputs(self, x) if self.training else super().forward(x)
@@ -70,18 +74,20 @@ class FastFCOSHead(fcos.FCOSHead):  # type: ignore[misc]
         anchors: list[Tensor],
         matched_idxs: list[Tensor],
     ) -> dict[str, Tensor]:
+        num_classes = self.classification_head.num_classes
+        classes = [t["labels"] for t in targets]
+        check_classes("labels", classes, num_classes)
         logits = head_outputs["cls_logits"]
         if isinstance(logits, Tensor):
             return super().compute_loss(targets, head_outputs, anchors, matched_idxs)
-        num_classes = self.classification_head.num_classes
-        labels = labels_of_matches(matched_idxs, [t["labels"] for t in targets], num_classes)
+        labels = labels_of_matches(matched_idxs, classes, num_classes)
         # torchvision computes all three losses in one method: it gets a single class that costs next to nothing.
         one_class = head_outputs["bbox_ctrness"].new_zeros(()).expand(*labels.shape, 1)
         of_class_0 = [{**t, "labels": t["labels"].new_zeros(t["labels"].shape)} for t in targets]
         losses = super().compute_loss(of_class_0, {**head_outputs, "cls_logits": one_class}, anchors, matched_idxs)
         loss = fastfocal.focal_loss(logits, labels, num_classes=num_classes)
         assert isinstance(loss, Tensor)
-        return {**losses, "classification": loss}
+        return {**losses, "classification": loss.to(entropy_dtype(logits[0], logits[0]))}
 
 
 _ACCELERATED: swaps.Swaps = {

@@ -1,0 +1,575 @@
+"""Problems from anywhere in the contract, drawn by hypothesis and held against the float64 oracle.
+
+    python tests/fuzz.py --examples 20000            # with the CPU kernels; a failure is shrunk and printed
+    python tests/fuzz.py --seed 7 --examples 500     # the part of it that printed this seed, alone
+
+`test_fuzz.py` runs a short part that is the same every time. A failing `Problem` is printed whole: `fuzz.check(Problem(...))`
+repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from math import inf, nan
+from typing import Any
+
+import numpy as np
+import torch
+from cases import (
+    FOUR_D,
+    OPTION_ROUNDINGS,
+    SMALLEST,
+    THREE_D,
+    TWO_D,
+    Size,
+    arrange,
+    draw_classes,
+    encode,
+    expect,
+    lay_out,
+    same_bits,
+    to_numpy,
+    tolerance,
+)
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from oracle import Array, Expected
+from torch import Tensor
+
+import fastfocal
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, repr=False)
+class Problem:
+    """All that a call and its backward depend on, in plain values: what fails is printed, and repeats from what was printed."""
+
+    # logits
+    layouts: tuple[str, ...] = ("contiguous",)  # one per level, all of one rank
+    images: int = 1
+    anchors: int = 1
+    classes: int = 1
+    cells: tuple[tuple[int, int], ...] = ((1, 1),)
+    dtype: str = "float32"
+    seed: int = 0
+    spread: float = 4.0
+    places: tuple[tuple[int, int, float], ...] = ()  # level, position, value: logits that are replaced
+    needs_grad: tuple[bool, ...] = (True,)
+    # targets
+    targets: str = "labels"  # or what the soft targets are drawn from
+    target_dtype: str = "int64"
+    form: str = "nm"  # of labels and weights
+    soft_layout: str = "logits"
+    convention: tuple[int | None, int] = (None, -1)
+    positive: float = 0.25
+    ignored: float = 0.125
+    # options
+    star: bool = False
+    alpha: Any = 0.25
+    alpha_tensor: bool = False
+    gamma: float = 2.0
+    beta: float = 1.0
+    label_smoothing: float = 0.0
+    detach: bool = False
+    weight: str | None = None  # dtype
+    level_weights: tuple[float, ...] | None = None
+    loss_weight: float = 1.0
+    normalizer: Any = "positives"  # a tuple: a tensor of one number, or of one per image
+    normalizer_dtype: str = "float32"
+    reduction: str = "sum"
+    grad_mode: str = "auto"
+    # how it is called and differentiated
+    module: bool = False
+    name_classes: bool = True
+    incoming: tuple[float, ...] = (1.0,)  # cycled over the incoming gradient's numbers
+    incoming_form: str = "dense"
+    again: tuple[float, ...] | None = None  # a second backward
+    undifferentiated: int | None = None  # with reduction "none", a level's loss that backward does not reach
+
+    def __repr__(self) -> str:
+        """What differs from the defaults."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self) if field.default is not MISSING)
+        shown = (f"{name}={value!r}" for name, value in values if value != getattr(Problem, name))
+        return f"Problem({', '.join(shown)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
+    @property
+    def size(self) -> Size:
+        return Size(self.images, self.anchors, self.classes, self.cells)
+
+    @property
+    def rank(self) -> int:
+        return 2 if self.layouts[0] in TWO_D else 3 if self.layouts[0] in THREE_D else 4
+
+    @property
+    def mode(self) -> str:
+        """What "auto" means."""
+        if self.grad_mode != "auto":
+            return self.grad_mode
+        return "recompute" if self.dtype == "float16" or self.reduction == "none" else "save"
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+# Where a formula may turn: both signs, the ends of the promise, both underflows, far beyond, and no numbers.
+SPECIAL = (0.0, -0.0, 1e-30, -1e-38, 17.0, -17.0, 28.0, -28.0, 87.3, -87.3, 88.8, -88.8, 104.0, -104.0, 710.0, -745.0, 1e4,
+           -1e4, inf, -inf, nan)  # fmt: skip
+INCOMING = (1.0, 0.0, -0.0, -1.0, 0.3, 1e-3, -2.5, 65536.0, 1e-30, 1e30, inf, -inf, nan)
+CONVENTIONS = {
+    "int8": ((None, -1), (0, -1), (-1, -2), (-1, 127), (-128, 0x7F), (None, -128)),
+    "uint8": ((None, 255), (0, 255), (255, 254)),
+}
+CONVENTIONS |= dict.fromkeys(
+    ("int16", "int32", "int64"), (*CONVENTIONS["int8"], (None, 255), (0, 255), (-1, 255), (-100, -1))
+)
+LARGE = ((1, 257), (16, 16), (31, 33), (1, 4097), (2, 4096), (64, 65))  # whole groups and tiles, and ends of them
+SIXTEENTHS = st.integers(0, 16).map(lambda n: n / 16)
+# Weights are 0 or well within the kernels' numbers: one that is nearly 0 counts as 0 beside an infinite loss.
+SHARE = st.floats(0, 1, width=32).map(lambda x: x if x > 1e-6 else 0.0)
+SIGNED = st.floats(-2, 2, width=32).map(lambda x: x if abs(x) > 1e-6 else 0.0)
+POSITIVE = st.floats(2**-6, 64, width=32)
+GAMMA = st.sampled_from((2.0, 0.0, 1.0, 0.5, 1.5, 3.0)) | st.floats(0, 10, allow_subnormal=False)
+FORMS = ("nm", "nm_strided", "one", "one_transposed", "one_strided", "nhwa", "nhwa_permuted", "nhw")
+
+
+def sizes(draw: Any, rank: int) -> Size:
+    kind = draw(st.integers(0, 99))
+    images = 1 if rank == 2 else draw(st.integers(0, 3))
+    if kind == 0:  # more classes than 16 bits count; more levels than a launch takes
+        return Size(1, 1, draw(st.sampled_from((32767, 32768, 32769))), ((1, 2),))
+    if kind < 4:
+        return Size(images, 1, 2, tuple((1, 1 + i % 3) for i in range(draw(st.integers(16, 18)))))
+    small = st.tuples(st.integers(0, 6), st.integers(0, 6))
+    if kind < 20:
+        cells = draw(st.lists(small | st.sampled_from(LARGE), min_size=1, max_size=2))
+        return Size(min(images, 2), draw(st.integers(1, 2)), draw(st.integers(1, 3)), tuple(cells))
+    classes = draw(st.integers(1, 8) | st.sampled_from((16, 33, 91)))
+    return Size(images, draw(st.integers(1, 4)), classes, tuple(draw(st.lists(small, min_size=1, max_size=4))))
+
+
+@st.composite
+def problems(draw: Any) -> Problem:
+    of_rank = draw(st.sampled_from((FOUR_D, FOUR_D, FOUR_D, THREE_D, TWO_D)))
+    rank = {FOUR_D: 4, THREE_D: 3, TWO_D: 2}[of_rank]
+    size = sizes(draw, rank)
+    levels = len(size.cells)
+    each = st.sampled_from(of_rank)
+    layouts = draw(st.lists(each, min_size=levels, max_size=levels) | each.map(lambda layout: [layout] * levels))
+    if "expanded" in layouts and size.images == 0:
+        size = replace(size, images=1)
+    dtype = draw(st.sampled_from(DTYPES))
+    star = draw(st.integers(0, 4)) == 0
+    targets = draw(st.sampled_from(("labels", "labels", "sixteenths", "hard", "uniform", "ends")))
+    forms = [f for f in FORMS if rank == 4 or f in ("nm", "nm_strided", "one", "one_strided")]
+    if size.anchors > 1:
+        forms = [f for f in forms if f != "nhw"]
+    integers = "int32" if size.classes > 200 else draw(st.sampled_from(tuple(CONVENTIONS)))
+    reduction = draw(st.sampled_from(("sum", "level", "image", "none", "mean")))
+    mode = draw(st.sampled_from(("auto", "save", "recompute", "inplace")))
+    if any("transposed" in layout for layout in layouts) and mode == "inplace":
+        mode = "save"  # in place the kernels' own orders are asked for
+    numbers = st.lists(st.sampled_from(INCOMING), min_size=1, max_size=5).map(tuple)
+    normalizers: list[Any] = [
+        st.none(),
+        POSITIVE,
+        POSITIVE.map(lambda n: (n,)),
+        st.lists(POSITIVE, min_size=size.images, max_size=size.images).map(tuple),
+    ]
+    if targets == "labels":
+        normalizers += [st.just("positives"), st.just("positives_per_image")] * 2
+    alphas: list[Any] = [st.just(0.25), st.none(), st.just(-1.0), SHARE]
+    if size.classes < 100:
+        alphas.append(st.lists(SIXTEENTHS | SHARE, min_size=size.classes, max_size=size.classes).map(tuple))
+    place = st.tuples(
+        st.integers(0, levels - 1), st.integers(0, 10**4), st.sampled_from(SPECIAL) | st.floats(-28, 28, width=32)
+    )
+    return Problem(
+        layouts=tuple(layouts),
+        images=size.images,
+        anchors=size.anchors,
+        classes=size.classes,
+        cells=size.cells,
+        dtype=dtype,
+        seed=draw(st.integers(0, 2**31)),
+        spread=draw(st.sampled_from((4.0, 1.0, 0.1, 12.0))),
+        places=tuple(draw(st.lists(place, max_size=6))),
+        needs_grad=tuple(draw(st.lists(st.sampled_from((True, True, True, False)), min_size=levels, max_size=levels))),
+        targets=targets,
+        target_dtype=integers if targets == "labels" else draw(st.just(dtype) | st.sampled_from(DTYPES)),
+        form=draw(st.sampled_from(forms)),
+        soft_layout=draw(st.sampled_from(("logits", "contiguous", "expanded"))),
+        convention=(None, -1) if size.classes > 200 else draw(st.sampled_from(CONVENTIONS[integers])),
+        positive=draw(SIXTEENTHS),
+        ignored=draw(SIXTEENTHS),
+        star=star,
+        alpha=draw(st.one_of(alphas)),
+        alpha_tensor=draw(st.booleans()),
+        gamma=draw(GAMMA.filter(lambda gamma: gamma >= 2**-6) if star else GAMMA),
+        beta=draw(st.sampled_from((1.0, 0.0)) | SIGNED),
+        label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.1, 0.125, 1.0)) | SHARE),
+        detach=draw(st.sampled_from((False, False, True))),
+        weight=draw(st.sampled_from((None, None, *DTYPES))),
+        level_weights=draw(st.none() | st.lists(SIGNED, min_size=levels, max_size=levels).map(tuple)),
+        loss_weight=draw(st.just(1.0) | SIGNED),
+        normalizer=draw(st.one_of(normalizers)),
+        normalizer_dtype=draw(st.sampled_from(("float32", "float64"))),
+        reduction=reduction,
+        grad_mode=mode,
+        module=draw(st.booleans()),
+        name_classes=draw(st.booleans()),
+        incoming=draw(st.just((1.0,)) | numbers),
+        incoming_form=draw(st.sampled_from(("dense", "strided", "expanded"))),
+        again=draw(st.none() | numbers),
+        undifferentiated=draw(st.none() | st.integers(0, levels - 1)),
+    )
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+def make_levels(problem: Problem, generator: torch.Generator) -> list[Tensor]:
+    size = problem.size
+    drawn = []
+    for h, w in size.cells:
+        x = torch.randn(size.images, size.anchors * size.classes, h, w, generator=generator, dtype=torch.float64)
+        drawn.append((problem.spread * x).clamp(-28, 28).to(getattr(torch, problem.dtype)))
+    for level, at, value in problem.places:
+        if problem.targets in ("uniform", "ends") and abs(value) == inf:
+            # Infinity times a power that the kernels' numbers cannot hold: whether that is infinite or 0 is left open.
+            value = 1e4 if value > 0 else -1e4
+        if drawn[level].numel():
+            drawn[level].view(-1)[at % drawn[level].numel()] = value
+    return [lay_out(x, size, hw, name) for x, hw, name in zip(drawn, size.cells, problem.layouts, strict=True)]
+
+
+def make_soft_targets(problem: Problem, levels: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    dtype = getattr(torch, problem.target_dtype)
+    made = []
+    for x in levels:
+        draw = torch.rand(x.shape, generator=generator)
+        if problem.targets == "sixteenths":
+            y = (draw * 17).floor() / 16
+        elif problem.targets == "hard":
+            y = (draw < problem.positive).float()
+        elif problem.targets == "ends":
+            y = torch.tensor([0, 1, 1e-30, 1e-6, 1 - 2**-8, 1 - 2**-24])[(draw * 6).long()]
+        else:
+            y = draw
+        y = y.to(dtype)  # of float32 numbers, which no conversion of the package rounds
+        if problem.soft_layout == "expanded" and y.numel():
+            y = y.reshape(-1)[:1].expand(y.shape)
+        elif problem.soft_layout == "logits":
+            y = torch.empty_like(x, dtype=dtype).copy_(y)
+        made.append(y)
+    return made
+
+
+def make_weight(problem: Problem, generator: torch.Generator) -> list[Tensor]:
+    """About a tenth of them 0, about a tenth negative."""
+    dtype = getattr(torch, problem.weight or "float32")
+    made = []
+    for anchors in problem.size.level_anchors():
+        draw = torch.rand(problem.images, anchors, generator=generator) + 0.25
+        made.append(torch.where(draw < 0.35, 0, torch.where(draw > 1.15, -draw, draw)).to(dtype))
+    return made
+
+
+def make_incoming(problem: Problem, like: Tensor, numbers: Sequence[float], start: int) -> Tensor:
+    """An incoming gradient for one result, from `numbers` over and over again."""
+    if problem.incoming_form == "expanded" or like.ndim == 0:
+        return like.new_tensor(numbers[start % len(numbers)]).expand(like.shape)
+    flat = like.new_tensor([numbers[(start + i) % len(numbers)] for i in range(min(like.numel(), 64))])
+    flat = flat.repeat(-(-like.numel() // max(1, len(flat))))[: like.numel()].view(like.shape)
+    if problem.incoming_form == "strided":
+        return flat.new_empty(*like.shape, 2)[..., 0].copy_(flat)
+    return flat
+
+
+# --- checking ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Interval:
+    """Where results of a dtype may lie. Exactly 0 stays 0 whatever it is multiplied by, infinity and NaN too."""
+
+    low: Array
+    high: Array
+    must_be_nan: Array
+    may_be_nan: Array
+    dtype: torch.dtype
+
+    @staticmethod
+    def around(want: Array, bound: Array, dtype: torch.dtype, *, rounded: bool = True) -> Interval:
+        missing = np.isnan(want)
+        with np.errstate(invalid="ignore"):
+            bound = np.where(np.isfinite(want), bound, 0)
+            low, high = want - bound, want + bound
+        if rounded:
+            low, high = _rounded(low, dtype), _rounded(high, dtype)
+        return Interval(low, high, missing, missing, dtype)
+
+    def times(self, factor: Array) -> Interval:
+        """Both ends by `factor`, and rounded.
+
+        A factor that is no number, or so large that it might make one, is multiplied with the rounded gradient in every mode.
+        """
+        apart = ~(np.abs(factor) < 2.0**50)
+        low_end, high_end = (np.where(apart, _rounded(end, self.dtype), end) for end in (self.low, self.high))
+        exactly_zero, maybe_zero = (low_end == 0) & (high_end == 0), (low_end <= 0) & (high_end >= 0)
+        missing = np.isnan(factor)
+        must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero))
+        may_be_nan = ~exactly_zero & (self.must_be_nan | missing)
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            ends = [np.where((end == 0) | missing, 0, end * factor) for end in (low_end, high_end)]
+            low, high = np.minimum(*ends), np.maximum(*ends)
+            # The product is rounded to the kernels' own precision first.
+            slack = (2.0**-52 if self.dtype == torch.float64 else 2.0**-23) * np.maximum(np.abs(low), np.abs(high))
+            slack = np.where(np.isfinite(slack) & (slack > 0), slack + SMALLEST[_wide(self.dtype)], 0)
+            low, high = _rounded(low - slack, self.dtype), _rounded(high + slack, self.dtype)
+        return Interval(low, high, must_be_nan, may_be_nan, self.dtype)
+
+    def assert_holds(self, got: Tensor, what: str) -> None:
+        assert tuple(got.shape) == self.low.shape, f"{what}: shape {tuple(got.shape)}, expected {self.low.shape}"
+        have = to_numpy(got)
+        with np.errstate(invalid="ignore"):
+            right = (have >= self.low) & (have <= self.high) & ~self.must_be_nan
+        right |= self.may_be_nan & np.isnan(have)
+        if not right.all():
+            at = np.unravel_index(np.argmin(right), right.shape)
+            expected = "NaN" if self.must_be_nan[at] else f"{self.low[at]!r} to {self.high[at]!r}"
+            raise AssertionError(
+                f"{what}: {int((~right).sum())} of {right.size} elements differ; first at {tuple(map(int, at))}: "
+                f"got {have[at]!r}, expected {expected}"
+            )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _rounded(values: Array, dtype: torch.dtype) -> Array:
+    """Monotone, so a result that lies between two numbers lies between the two rounded."""
+    return np.asarray(torch.from_numpy(np.array(values, dtype=np.float64)).to(dtype).double().numpy())
+
+
+def flush(problem: Problem, levels: Sequence[Array], expected: Expected) -> list[Array]:
+    """How far a result is off where (1 - p_t)^gamma, below the least normal number, became 0: by what multiplies it."""
+    least = SMALLEST[torch.float64 if problem.dtype == "float64" else torch.float32]
+    shift = abs(problem.beta) if problem.star else 0.0
+    return [
+        least
+        * (1 + np.abs(factor) * (1 + problem.gamma) * (2 + shift + np.minimum(np.nan_to_num(np.abs(x), nan=0), 1e5)))
+        for x, factor in zip(levels, expected.factors, strict=True)
+    ]
+
+
+def check(problem: Problem) -> None:
+    """One call and its backward, against the oracle."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    size, rank = problem.size, problem.rank
+    levels = make_levels(problem, generator)
+    background, ignore = problem.convention
+    options: dict[str, Any] = {
+        "num_classes": size.classes,
+        "alpha": list(problem.alpha) if isinstance(problem.alpha, tuple) else problem.alpha,
+        "gamma": problem.gamma,
+        "background_index": background,
+        "ignore_index": ignore,
+        "level_weights": None if problem.level_weights is None else list(problem.level_weights),
+        "normalizer": problem.normalizer,
+        "reduction": problem.reduction,
+        "grad_mode": problem.grad_mode,
+        "loss_weight": problem.loss_weight,
+    }
+    if problem.star:
+        options["beta"] = problem.beta
+    else:
+        options |= {"label_smoothing": problem.label_smoothing, "detach_modulating_factor": problem.detach}
+    if isinstance(problem.alpha, tuple) and problem.alpha_tensor:
+        options["alpha"] = torch.tensor(problem.alpha, dtype=torch.float64)
+    if isinstance(problem.normalizer, tuple):
+        tensor = torch.tensor(problem.normalizer, dtype=getattr(torch, problem.normalizer_dtype))
+        options["normalizer"] = tensor[0] if len(problem.normalizer) == 1 else tensor
+    if problem.targets == "labels":
+        drawn = draw_classes(size, generator, positive=problem.positive, ignored=problem.ignored)
+        labels = [y.to(getattr(torch, problem.target_dtype)) for y in encode(drawn, size.classes, background, ignore)]
+        targets: Any = arrange(labels, size, problem.form, rank=rank)
+    else:
+        targets = make_soft_targets(problem, levels, generator)
+    numbers = [to_numpy(x) for x in levels]
+    if problem.weight is not None:
+        options["weight"] = arrange(make_weight(problem, generator), size, problem.form, rank=rank)
+
+    # What is promised.
+    dtype = getattr(torch, problem.dtype)
+    expected = expect(levels, targets, **options)
+    relative = tolerance(dtype, problem.gamma)
+    if problem.detach:
+        relative += OPTION_ROUNDINGS[_wide(dtype)]
+    bounds = flush(problem, numbers, expected)
+
+    # The call.
+    watched = [t for t in _tensors([targets, options]) if t.device.type == "cpu"]
+    before = [t.clone() for t in watched]
+    inputs = [x.detach().requires_grad_(need) for x, need in zip(levels, problem.needs_grad, strict=True)]
+    inplace = problem.mode == "inplace"
+    given_levels = [x.clone() if inplace and x.requires_grad else x for x in inputs]
+    call_options = dict(options)
+    if not problem.name_classes and (rank != 4 or (problem.targets != "labels" and size.anchors == 1)):
+        del call_options["num_classes"]
+    loss = call(problem, given_levels, targets, call_options)
+    unchanged = [
+        np.array_equal(to_numpy(t), to_numpy(copy), equal_nan=True) for t, copy in zip(watched, before, strict=True)
+    ]
+    assert all(unchanged), "targets or options were changed"
+
+    # The loss.
+    parts = loss if isinstance(loss, list) else [loss]
+    wants = expected.loss if problem.reduction == "none" else [expected.loss]
+    sums = expected.sizes if problem.reduction == "none" else [expected.sizes]
+    flushes = bounds if problem.reduction == "none" else [sum(float(b.sum()) for b in bounds)]
+    result = dtype if problem.reduction == "none" else _wide(dtype)
+    assert len(parts) == len(wants)
+    for level, (got, want, summed, flushed) in enumerate(zip(parts, wants, sums, flushes, strict=True)):
+        assert got.dtype == result, f"loss[{level}]: {got.dtype}"
+        with np.errstate(invalid="ignore"):
+            bound = relative * np.asarray(summed) + flushed
+        Interval.around(np.asarray(want, dtype=np.float64), bound, result).assert_holds(got, f"loss[{level}]")
+
+    # The gradient.
+    wanted = [level for level, need in enumerate(problem.needs_grad) if need]
+    assert all(part.requires_grad == bool(wanted) for part in parts)
+    if wanted:
+        first = differentiate(problem, parts, inputs, problem.incoming, problem.again is not None)
+        check_gradients(problem, first, levels, expected, relative, bounds, problem.incoming, "gradient")
+        if problem.again is not None:
+            kept = [g.clone() for g in first]
+            second = differentiate(problem, parts, inputs, problem.again, False)
+            check_gradients(problem, second, levels, expected, relative, bounds, problem.again, "second gradient")
+            assert all(map(same_bits, first, kept)), "the second backward changed what the first had handed out"
+    unchanged = [np.array_equal(to_numpy(x), n, equal_nan=True) for x, n in zip(inputs, numbers, strict=True)]
+    assert all(unchanged), "logits were changed"
+
+
+def call(problem: Problem, levels: list[Tensor], targets: Any, options: dict[str, Any]) -> Any:
+    if problem.module and "num_classes" in options:
+        kind = fastfocal.FastFocalLossStar if problem.star else fastfocal.FastFocalLoss
+        weight = options.pop("weight", None)
+        if isinstance(options["normalizer"], Tensor):
+            normalizer = options.pop("normalizer")
+            return kind(**options)(levels, targets, weight=weight, normalizer=normalizer)
+        return kind(**options)(levels, targets, weight=weight)
+    return (fastfocal.focal_loss_star if problem.star else fastfocal.focal_loss)(levels, targets, **options)
+
+
+def differentiate(
+    problem: Problem, parts: list[Tensor], inputs: list[Tensor], numbers: Sequence[float], retain: bool
+) -> list[Tensor]:
+    reached = [i for i in range(len(parts)) if i != problem.undifferentiated or len(parts) == 1]
+    return list(
+        torch.autograd.grad(
+            [parts[i] for i in reached],
+            [x for x in inputs if x.requires_grad],
+            [make_incoming(problem, parts[i], numbers, i) for i in reached],
+            retain_graph=retain,
+        )
+    )
+
+
+def factors(problem: Problem, levels: Sequence[Tensor], numbers: Sequence[float]) -> list[Array]:
+    """The incoming gradient at every logit."""
+    made = []
+    for level, x in enumerate(levels):
+        if problem.reduction == "none":
+            if level == problem.undifferentiated and len(levels) > 1:
+                made.append(np.zeros(x.shape))
+                continue
+            incoming = make_incoming(problem, torch.empty(x.shape, dtype=x.dtype), numbers, level).double()
+        else:
+            count = {"level": len(levels), "image": problem.images}.get(problem.reduction)
+            shape = () if count is None else (count,)
+            incoming = make_incoming(problem, torch.empty(shape, dtype=_wide(x.dtype)), numbers, 0).double()
+            if problem.reduction == "level":
+                incoming = incoming[level]
+            elif problem.reduction == "image":
+                incoming = incoming[0] if x.ndim == 2 else incoming.view(-1, *[1] * (x.ndim - 1))
+        made.append(np.broadcast_to(incoming.numpy(), x.shape))
+    return made
+
+
+def check_gradients(
+    problem: Problem,
+    found: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    expected: Expected,
+    relative: float,
+    bounds: Sequence[Array],
+    numbers: Sequence[float],
+    what: str,
+) -> None:
+    incoming = factors(problem, levels, numbers)
+    wanted = [level for level, need in enumerate(problem.needs_grad) if need]
+    assert len(found) == len(wanted)
+    for got, level in zip(found, wanted, strict=True):
+        x = levels[level]
+        assert got.dtype == x.dtype
+        layout = x if fastfocal.arguments.is_dense(x) else torch.empty_like(x)
+        for n, stride, expected_stride in zip(x.shape, got.stride(), layout.stride(), strict=True):
+            assert n == 1 or got.numel() == 0 or stride == expected_stride, f"{what} of level {level}: {got.stride()}"
+        magnitude, want, factor = (values[level] for values in (expected.magnitudes, expected.grads, expected.factors))
+        with np.errstate(invalid="ignore"):
+            bound = relative * magnitude + bounds[level]
+        # What is ignored or has a weight of 0 is 0 exactly, and so is what float64 has as 0 in fewer bits.
+        bound = np.where((factor == 0) | ((magnitude == 0) & (x.dtype != torch.float64)), 0, bound)
+        # Recomputed, the incoming gradient is multiplied in before the one rounding.
+        gradient = Interval.around(want, bound, x.dtype, rounded=problem.mode != "recompute")
+        gradient.times(incoming[level]).assert_holds(got, f"{what} of level {level}")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+PART = 500  # hypothesis remembers what it tried: it starts anew after so many
+PROFILE = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+
+def main() -> None:
+    from tqdm import tqdm
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=20000)
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="of the first 500 examples; later ones count on"
+    )
+    arguments = parser.parse_args()
+    with tqdm(total=arguments.examples, unit=" problems", mininterval=1) as bar:
+        first = arguments.seed
+        while bar.n < arguments.examples:
+            start, wanted = first, min(PART, arguments.examples - bar.n)
+            bar.set_postfix(seed=start)
+
+            @seed(start)
+            @settings(PROFILE, max_examples=wanted)
+            @given(problem=problems())
+            def run(problem: Problem) -> None:
+                bar.update()
+                check(problem)
+
+            try:
+                run()
+            except BaseException:
+                print(f"\nfound with --seed {start} --examples {wanted}", flush=True)
+                raise
+            first += 1
+    print(f"{bar.n} problems, seeds {arguments.seed} to {first - 1}: every loss and gradient as the oracle has them")
+
+
+if __name__ == "__main__":
+    main()
