@@ -75,7 +75,7 @@ def test_torch_too_old(tmp_path: Path) -> None:
 @pytest.mark.parametrize("there", [True, False])
 def test_torch_is_fetched_only_where_there_is_none(tmp_path: Path, there: bool) -> None:
     """What pip asks of an isolated build. Fetching torch is said, as it is the large part of an installation."""
-    for name in ("setup.py", "pyproject.toml", "VERSION", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     code = "from setuptools import build_meta; import sys; sys.stdout = sys.__stderr__; "
     code += "needs = build_meta.get_requires_for_build_wheel(); sys.__stdout__.write(' '.join(needs))"
