@@ -202,7 +202,7 @@ enum class Count : int64_t { kNothing = 0, kPositives = 1, kPositivesPerImage = 
 
 struct CountCall {
   const int64_t* counts;  // [image][2]
-  double* divisor;        // 1, or one an image
+  double* divisor;        // 1, or one per image
   int64_t images, classes;
   int64_t anchors;  // of all levels and images
   Count count;

@@ -123,7 +123,7 @@ __device__ __forceinline__ float exp_nonpositive(float x) {
   return fmaf(y, fmaf(t, -0.693147181f, x), y);
 }
 // exp(scale x), binary = scale log2(e), without the carrying: off by 2^-24 of the exponent
-__device__ __forceinline__ float exp_shortly(float x, float, float binary) {
+__device__ __forceinline__ float exp_approximate(float x, float, float binary) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * binary));
   return y;
@@ -251,7 +251,7 @@ FASTFOCAL_HD float add_log1p_unit(float e, float x) { return fmaf(e, log1p_ratio
 #ifndef __CUDA_ARCH__
 FASTFOCAL_HD float exp_of_sum(float hi, float lo) { return exp_by_polynomial(hi, lo); }
 FASTFOCAL_HD float exp_nonpositive(float x) { return exp_by_polynomial(x); }
-FASTFOCAL_HD float exp_shortly(float x, float, float binary) { return exp_by_polynomial(0.693147181f * (x * binary)); }
+FASTFOCAL_HD float exp_approximate(float x, float, float binary) { return exp_by_polynomial(0.693147181f * (x * binary)); }
 #endif
 
 // exp(gamma (a - b)). gamma times a rounded difference would be off by 2^-24 of up to 87, and the exponential by as much:
@@ -477,14 +477,14 @@ struct FocalLoss {
 
   // 1 - q for p: what it loses where q is nearly 1 is lost beside that q.
   FASTFOCAL_HD Term<float> short_term(float z) const {
-    const float e = exp_shortly(minus_absolute(z), 1.0f, 1.44269504f);
+    const float e = exp_approximate(minus_absolute(z), 1.0f, 1.44269504f);
     const float r = reciprocal(1.0f + e);
     const float q = is_negative(z) ? e * r : r;
     const float ratio = log1p_ratio_short_polynomial(e);
     const float ce = fused_multiply_add(e, ratio, at_least(z, 0.0f));
     float power = q * q;
     if constexpr (kGamma == Gamma::kAny)
-      power = exp_shortly(fused_multiply_add(-e, ratio, at_most(z, 0.0f)), multiple.gamma, multiple.binary);
+      power = exp_approximate(fused_multiply_add(-e, ratio, at_most(z, 0.0f)), multiple.gamma, multiple.binary);
     const float gamma_p = fused_multiply_add(-gamma, q, gamma);
     return {power * ce, power * fused_multiply_add(gamma_p, at_most(ce, 100.0f), q)};
   }
@@ -594,7 +594,7 @@ struct FocalLossStar {
   // e^-|z|
   template <class V>
   FASTFOCAL_HD V exponential(V z, V rest) const {
-    if constexpr (kAccuracy == Accuracy::kSixteenBits) return exp_shortly(minus_absolute(z), 1.0f, 1.44269504f);
+    if constexpr (kAccuracy == Accuracy::kSixteenBits) return exp_approximate(minus_absolute(z), 1.0f, 1.44269504f);
     return exp_of_sum(minus_absolute(z), rest);  // of the wrong sign for z > 0, where 1 + e^-z hides a rounding
   }
 

@@ -45,7 +45,7 @@ FASTFOCAL_HD float to_float(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Placing the bits 13 to the left leaves the exponent 112 too small; the multiplication mends it, subnormals too.
+  // Placing the bits 13 to the left leaves the exponent 112 too small; the multiplication corrects it, subnormals too.
   return bit_cast<float>(bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f) | sign);
 #endif
 }

@@ -90,7 +90,7 @@ struct Options {
   Parameters parameters;
   int64_t num_classes;
   Reduction reduction;
-  std::vector<int64_t> needs_grad;  // a flag a level; empty: no level
+  std::vector<int64_t> needs_grad;  // a flag per level; empty: no level
 
   bool needs(size_t level) const { return level < needs_grad.size() && needs_grad[level] != 0; }
   bool needs_any() const {
@@ -688,7 +688,7 @@ struct Operators {
   }
 
   // Fills a Call for each group of kMaxLevels levels, runs its tiles and, where a loss is wanted, reduces their sums.
-  // outs: none, or one tensor a level, an empty one where nothing is wanted. Everything has been checked.
+  // outs: none, or one tensor per level, an empty one where nothing is wanted. Everything has been checked.
   static void run_groups(const Tensors& logits, const CheckedLogits& checked, const Options& o, Output output,
                          const Tensors& outs, const Tensors& grad_outputs, const Tensor* loss) {
     const bool elementwise_incoming = !grad_outputs.empty() && o.reduction == Reduction::kNone;

@@ -317,10 +317,12 @@ class Interval:
     def times(self, factor: Array) -> Interval:
         """Both ends by `factor`, and rounded.
 
-        A factor that is no number, or so large that it might make one, is multiplied with the rounded gradient in every mode.
+        A factor that is no number is multiplied with the rounded gradient in every mode; one that is huge may be.
         """
-        apart = ~(np.abs(factor) < 2.0**50)
-        low_end, high_end = (np.where(apart, _rounded(end, self.dtype), end) for end in (self.low, self.high))
+        rounded = _rounded(self.low, self.dtype), _rounded(self.high, self.dtype)
+        huge, number = ~(np.abs(factor) < 2.0**50), np.isfinite(factor)
+        low_end = np.where(huge, np.where(number, np.minimum(rounded[0], self.low), rounded[0]), self.low)
+        high_end = np.where(huge, np.where(number, np.maximum(rounded[1], self.high), rounded[1]), self.high)
         exactly_zero, maybe_zero = (low_end == 0) & (high_end == 0), (low_end <= 0) & (high_end >= 0)
         missing = np.isnan(factor)
         must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero))

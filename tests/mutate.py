@@ -77,7 +77,7 @@ CALLS = {  # in the place of a function
 NOT_PLANTED = re.compile(
     r"__builtin_prefetch|kPrefetch|kAhead|madvise|MADV_|kPage|kTilesPerThread|kWorthwhile|kLabelsPerThread|shares|alignas"
     r"|static_assert|^\s*#|constexpr int k(Together|PerLine|ChunkAnchors|TileLogits|TileAlignment|MaxLevels|Most)|kSixteenBits"
-    r"|exp_shortly|__builtin_cpu|getenv|strcmp|Fit|noexcept|template <"
+    r"|exp_approximate|__builtin_cpu|getenv|strcmp|Fit|noexcept|template <"
 )
 
 

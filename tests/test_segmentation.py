@@ -53,3 +53,23 @@ def test_block(block: str) -> None:
     torch.testing.assert_close(found["ours"], found["theirs"], rtol=5e-6, atol=0)
     ours, theirs = (torch.autograd.grad(found[name], leaf)[0] for name in ("ours", "theirs"))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("mode", ["auto", "save", "recompute", "inplace"])
+def test_monais_own_tensors(mode: str) -> None:
+    """A MetaTensor carries where an image came from; the loss takes its numbers, and the gradient goes back to it."""
+    data = pytest.importorskip("monai.data")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 8, 8, generator=generator)
+    labels = torch.randint(0, 3, (2, 8, 8), generator=generator)
+    leaf = data.MetaTensor(logits.clone()).requires_grad_()
+    given = leaf * 1
+    assert type(given) is data.MetaTensor
+    options: dict[str, Any] = {"num_classes": 3, "labels": "segmentation"}
+    loss = fastfocal.focal_loss(given, data.MetaTensor(labels), grad_mode=mode, **options)
+    loss.backward()
+    plain = logits.clone().requires_grad_()
+    want = fastfocal.focal_loss(plain, labels, **options)
+    want.backward()
+    assert torch.equal(loss, want)
+    assert torch.equal(leaf.grad.as_subclass(torch.Tensor), plain.grad)

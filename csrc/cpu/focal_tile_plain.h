@@ -137,7 +137,8 @@ struct PlainTile {
         if (kGradient) store(g + i, slope);
       }
       if (kLoss) negatives.add(sum);
-      for (int h = 0; h < holding; ++h) mend(held[h], load(held_value + h * kLanes), codes + (held[h] - begin), k);
+      for (int h = 0; h < holding; ++h)
+        overwrite_positives(held[h], load(held_value + h * kLanes), codes + (held[h] - begin), k);
       holding = 0;
     }
     if (i < end) {
@@ -172,7 +173,7 @@ struct PlainTile {
     held[holding] = at;
     store(held_value + holding++ * kLanes, v);
   }
-  void mend(int64_t at, Vec v, const int16_t* codes, int k) {
+  void overwrite_positives(int64_t at, Vec v, const int16_t* codes, int k) {
     const CodeMask found = equal(load_codes(codes), int16_t(k));
     const Mask is_positive = either(found, found);
     const Term<Vec> t = formula.positive(v);

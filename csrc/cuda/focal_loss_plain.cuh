@@ -66,7 +66,7 @@ __device__ __forceinline__ uint4 packed(const float (&x)[kVector<T>]) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Which of a vector's logits are positive and which ignored, as bits. There are three ways to look, from the offset of the
-// vector in its tile; which one serves is settled for the tile. Two of them have a quick look first: common(), the bits that the
+// vector in its tile; which one serves is decided once for the tile. Two of them have a quick look first: common(), the bits that the
 // codes of the vector's anchors have in common, is kBackground only where all of them are.
 
 struct Special {
@@ -74,7 +74,7 @@ struct Special {
 };
 
 // A pointer that is computed here, once: of a sum the compiler knows, it would add the parts anew for every vector.
-__device__ __forceinline__ const int16_t* settled(const int16_t* codes) {
+__device__ __forceinline__ const int16_t* materialized(const int16_t* codes) {
 #ifdef __CUDA_ARCH__
   asm("" : "+l"(codes));
 #endif
@@ -92,7 +92,7 @@ struct AnchorLook {
     return map.layout == Layout::kClassLast && map.classes.divisor >= uint32_t(kCount);
   }
   __device__ AnchorLook(const int16_t* codes_, const TileMap& map)
-      : codes(settled(codes_ + map.anchor)), k(map.k), classes(map.classes) {}
+      : codes(materialized(codes_ + map.anchor)), k(map.k), classes(map.classes) {}
 
   __device__ __forceinline__ int common(uint32_t offset) const {
     const uint32_t n = k + offset;
@@ -136,7 +136,7 @@ struct PlaneLook {
            ((map.cells.divisor | map.cell) & 3) == 0 && (reinterpret_cast<uintptr_t>(codes + map.anchor) & 7) == 0;
   }
   __device__ PlaneLook(const int16_t* codes_, const TileMap& map)
-      : codes(settled(codes_ + map.anchor)), k(map.k), cell(map.cell), cells(map.cells) {}
+      : codes(materialized(codes_ + map.anchor)), k(map.k), cell(map.cell), cells(map.cells) {}
 
   __device__ __forceinline__ int common(uint32_t offset) const {
     uint32_t word[kCount / 2];
