@@ -325,9 +325,18 @@ def ninja_command() -> str:
         return found
 
 
+# pip reads this as get_requires_for_build_wheel: torch is fetched for the build only where none is installed.
+build_needs = [] if find_torch() else [f"torch>={'.'.join(map(str, TORCH_MINIMUM))}"]
+if build_needs:
+    print(
+        "fastfocal: torch is not installed here, so it is fetched for this build, and again to run with; "
+        "`pip install torch` first, and it is installed once",
+        file=sys.stderr,
+        flush=True,
+    )
+
 setup(
     ext_modules=[Extension("fastfocal._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
-    # pip reads this as get_requires_for_build_wheel: torch is fetched for the build only where none is installed.
-    setup_requires=[] if find_torch() else [f"torch>={'.'.join(map(str, TORCH_MINIMUM))}"],
+    setup_requires=build_needs,
 )

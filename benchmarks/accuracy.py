@@ -20,7 +20,7 @@ import fastfocal
 from benchmarks.cases import ALPHA
 from benchmarks.implementations import sigmoid_focal_loss
 from benchmarks.machine import describe
-from benchmarks.report import OTHERS, OURS
+from fastfocal.demo import style
 
 GAMMA = 2.0
 BINS, POINTS = 200, 256  # of one logit's width each; the largest error of so many logits is drawn
@@ -109,36 +109,40 @@ def names_of(found: Errors) -> list[str]:
 
 def draw(middles: Tensor, found: Errors, path: Path, caption: str) -> None:
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(DTYPES), figsize=(13, 6.4), sharex=True, sharey=True, layout="constrained")
-    for column, dtype in enumerate(DTYPES):
-        rounding = torch.finfo(dtype).eps / 2
-        for row, what in enumerate(("loss", "gradient")):
-            plot = axes[row][column]
-            for i, name in enumerate(names_of(found)):
-                error = found[name, dtype, 0][row].clamp(1e-9, 1e1).numpy()
-                color, width = (OURS, 2.0) if i == 0 else (OTHERS, 1.2)
-                shade = 1.0 if i == 0 else 1 - 0.15 * (i - 1)
-                plot.semilogy(
-                    middles, error, label=name, color=color, linewidth=width, linestyle=DASHES[i], alpha=shade
-                )
-            plot.axhline(rounding, color="black", linewidth=0.7, linestyle=":")
-            plot.text(99, rounding, "one rounding", fontsize=7, ha="right", va="bottom")
-            plot.set_title(f"{what}, {str(dtype).removeprefix('torch.')}", fontsize=10)
-            plot.grid(True, color="#dddddd", linewidth=0.7)
-            plot.set_ylim(1e-9, 2e1)
-            plot.set_xlim(-100, 100)
-    for plot in axes[1]:
-        plot.set_xlabel("logit of a background anchor")
-    for plot in axes[:, 0]:
-        plot.set_ylabel("relative error")
-    axes[0][0].legend(fontsize=8, loc="upper right")
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7.5, color="#555555")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with matplotlib.rc_context({**style.RC, "axes.titlesize": 11, "axes.titlepad": 8, "font.size": 11}):
+        figure = Figure(figsize=(13, 7.6), dpi=100, facecolor="white")
+        axes = figure.subplots(2, len(DTYPES), sharex=True, sharey=True)
+        figure.subplots_adjust(left=0.06, right=0.985, top=0.82, bottom=0.12, wspace=0.06, hspace=0.2)
+        figure.text(0.015, 0.958, "Relative error of the loss and its gradient", size=15, weight="bold", va="center")
+        subtitle = (
+            "Against float64, by the logit of a background anchor; a line ends where the dtype's normal numbers do"
+        )
+        figure.text(0.015, 0.915, subtitle, size=10.5, color=style.QUIET, va="center")
+        figure.text(0.015, 0.022, caption, size=8, color=style.QUIET, va="center")
+        for column, dtype in enumerate(DTYPES):
+            rounding = torch.finfo(dtype).eps / 2
+            for row, what in enumerate(("Loss", "Gradient")):
+                plot = axes[row][column]
+                for i, name in enumerate(names_of(found)):
+                    error = found[name, dtype, 0][row].clamp(1e-9, 1e1).numpy()
+                    color, width = (style.FAST, 2.4) if i == 0 else (style.PLAIN, 1.4)
+                    plot.semilogy(middles, error, label=name, color=color, linewidth=width, linestyle=DASHES[i])
+                plot.axhline(rounding, color=style.QUIET, linewidth=0.8, linestyle=":")
+                plot.text(59, rounding, "one rounding", size=8.5, color=style.QUIET, ha="right", va="bottom")
+                plot.set_title(f"{what}, {str(dtype).removeprefix('torch.')}")
+                plot.grid(True)
+                plot.set_ylim(1e-9, 2e1)
+                plot.set_xlim(-32, 60)
+                plot.tick_params(labelsize=9)
+        for plot in axes[1]:
+            plot.set_xlabel("logit", size=10, color=style.QUIET)
+        for plot in axes[:, 0]:
+            plot.set_ylabel("relative error", size=10, color=style.QUIET)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper right", bbox_to_anchor=(0.985, 0.985), ncols=len(labels), fontsize=10)
+        figure.savefig(path)
 
 
 def worst(middles: Tensor, errors: Iterable[Tensor], limit: int) -> str:

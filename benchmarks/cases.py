@@ -193,7 +193,7 @@ def chunk_logits(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Answer:
-    """Loss and gradients (N, M, K), one a level, of `fastfocal.reference` in float64.
+    """Loss and gradients (N, M, K), one per level, of `fastfocal.reference` in float64.
 
     For 16-bit logits the gradients are kept in float32, whose rounding is nothing beside theirs: 1e9 logits are to be checked.
     """

@@ -2,39 +2,46 @@
 
 pytest --benchmark-only --benchmark-json=saved.json
 python -m benchmarks.report saved.json [more.json ...] [--out benchmarks/results]
+
+Beside them it writes data.json, from which it draws and writes all of it again:
+
+python -m benchmarks.report benchmarks/results/data.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastfocal.demo import style
+
 EAGER = "eager_per_level"
 LABELS = {
-    "copy": "copy",
-    "copy_into": "copy into warm memory",
+    "fastfocal": style.FAST_NAME,
+    "copy": "copy of the logits",
+    "copy_into": "copy into memory in use",
     "mul_": "mul_ in place",
-    "operators": "fastfocal's operators alone",
-    "reference": "fastfocal.reference (eager)",
-    EAGER: "eager, per level",
-    "eager_concatenated": "eager, concatenated",
-    "compile_per_level": "torch.compile, per level",
+    "operators": "FastFocalLoss, its operators alone",
+    "reference": "fastfocal.reference",
+    EAGER: style.PLAIN_NAME,
+    "eager_concatenated": "plain loss, levels concatenated",
+    "compile_per_level": "torch.compile, level by level",
     "compile_per_level_max_autotune": "torch.compile, max-autotune",
-    "compile_concatenated": "torch.compile, concatenated",
-    "torchvision": "torchvision.ops, concatenated",
+    "compile_concatenated": "torch.compile, levels concatenated",
+    "torchvision": "torchvision.ops, levels concatenated",
     "triton": "Triton, one pass",
     "triton_graph": "Triton, one pass (CUDA graph)",
-    "fastfocal_graph": "fastfocal (CUDA graph)",
-    "copy_graph": "copy (CUDA graph)",
+    "fastfocal_graph": "FastFocalLoss (CUDA graph)",
+    "copy_graph": "copy of the logits (CUDA graph)",
 }
 FRESH = "blocks of more than 1 MiB are fresh in cases of 32 MiB and more"
 KEPT = "malloc keeps what is released (`--keep-memory`)"
 NOISY = 0.2  # interquartile range over median, from which on a row is marked
-OURS, FLOOR, OTHERS = "#d1495b", "#8d99ae", "#30638e"
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,10 @@ class Report:
         return chosen[0].seconds / result.seconds if chosen else None
 
     @property
+    def threads(self) -> int:
+        return int(self.facts["threads"])
+
+    @property
     def caption(self) -> str:
         facts = self.facts
         where = f"{facts['cpu_name']} ({facts['cpu_capability']}), {facts['threads']} threads"
@@ -156,7 +167,7 @@ def ratio_text(ratio: float | None) -> str:
 def table(report: Report, results: list[Result]) -> Iterator[str]:
     on_device = any(r.host_seconds is not None for r in results)
     host = " host |" if on_device else ""
-    yield f"| implementation | time |{host} x copy | faster than eager | GB/s | peak extra MiB |"
+    yield f"| implementation | time |{host} x copy | faster than plain | GB/s | peak extra MiB |"
     yield f"|---|--:|{'--:|' if on_device else ''}--:|--:|--:|--:|"
     for r in sorted(results, key=lambda r: r.seconds):
         name = f"**{r.label}**" if r.row == "fastfocal" else r.label
@@ -190,7 +201,7 @@ def markdown(report: Report, pictures: list[str]) -> Iterator[str]:
         yield f"* memory: {KEPT if facts.get('keep_memory') else FRESH}"
     if facts["load_average"] is not None:
         yield f"* load average at the end of the run: {facts['load_average']:.1f}"
-    yield "\nMedians; `~` marks an interquartile range above a fifth of the median. See ../README.md for the method.\n"
+    yield "\nMedians; `~` marks an interquartile range above a fifth of the median. benchmarks/README.md has the method.\n"
     if facts["gpu"]:
         yield "Times are the GPU's; `host` is what a call takes of the host, which goes on meanwhile. `h` marks rows with more"
         yield "kernels than can be enqueued beforehand: there the GPU may have waited for the host.\n"
@@ -205,147 +216,259 @@ def markdown(report: Report, pictures: list[str]) -> Iterator[str]:
 # --- plots --------------------------------------------------------------------------------------------------------
 
 
-def color_of(row: str) -> str:
+def pyramid_in_words(name: str) -> str:
+    """ "P3-P7 800x1344 N=2 K=80" as a reader who has not seen the benchmarks would say it."""
+    match = re.fullmatch(r"P3-P7 (\d+)x(\d+) N=(\d+) K=(\d+)", name)
+    if match is None:
+        return name
+    height, width, images, classes = match.groups()
+    images = "one image" if images == "1" else f"{images} images"
+    return f"five FPN levels (P3–P7) of {images} of {height} × {width}, {classes} classes"
+
+
+def options_in_words(info: dict[str, Any], threads: int) -> list[str]:
+    """What a case computes beside the pyramid, the ordinary left out."""
+    words = [info["dtype"], {"nchw": "NCHW", "flattened": "flattened (N, M, K)"}.get(info["layout"], info["layout"])]
+    words += [f"gamma = {info['gamma']:g}"] if info["gamma"] != 2 else []
+    words += ["soft targets"] if info["targets"] == "soft" else []
+    words += ["weights for anchors"] if info["form"] == "weighted" else []
+    words += ['reduction="none"'] if info["form"] == "unreduced" else []
+    own = "recompute" if info["form"] == "unreduced" or info["dtype"] == "float16" else "save"  # what "auto" is
+    words += [f'grad_mode="{info["grad_mode"]}"'] if info["grad_mode"] != own else []
+    words += [f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"] if info["threads"] != threads else []
+    return words
+
+
+def marker_of(row: str) -> dict[str, Any]:
+    """A row's mark: ours filled teal, others filled grey, copies an outline."""
     if row.startswith(("fastfocal", "operators")):
-        return OURS
-    return FLOOR if row.startswith(("copy", "mul_")) else OTHERS
+        return {"color": style.FAST, "marker": "o"}
+    if row.startswith(("copy", "mul_")):
+        return {"color": style.PLAIN, "marker": "s", "markerfacecolor": "white", "markeredgewidth": 1.8}
+    return {"color": style.PLAIN, "marker": "o"}
 
 
-def new_figure(report: Report, title: str, width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
+def new_figure(report: Report, title: str, subtitle: str, width: float, height: float) -> tuple[Any, Any]:
+    """A title that says what is shown, one quiet line that says of what, and at the foot where it was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    inch = 1 / height
+    figure.text(0.02, 1 - 0.34 * inch, title, size=15, weight="bold", va="center")
+    figure.text(0.02, 1 - 0.68 * inch, subtitle, size=10.5, color=style.QUIET, va="center")
+    figure.text(0.02, 0.18 * inch, report.caption, size=8, color=style.QUIET, va="center")
+    return figure, figure.add_axes((0.09, inch, 0.87, 1 - 2.05 * inch))
 
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    figure.supxlabel(report.caption, x=0.01, ha="left", fontsize=7.5, color="#555555")
-    return figure, axes
 
-
-def horizontal_bars(axes: Any, bars: list[tuple[str, float, str, str]], unit: str, log: bool) -> None:
-    """(label, value, text, color) each."""
-    names, values, texts, colors = zip(*bars, strict=True)
-    drawn = axes.barh(range(len(bars)), values, color=colors, height=0.7)
-    axes.bar_label(drawn, texts, padding=4, fontsize=9)
-    axes.set_yticks(range(len(bars)), names)
-    axes.invert_yaxis()
+def points_on_a_log_axis(axes: Any, rows: list[tuple[str, float, str, dict[str, Any]]], unit: str) -> None:
+    """(name, value, text, mark) each. A log axis has no zero for a bar to start from, so a row is a point on a line."""
+    values = [row[1] for row in rows]
     low, high = min(values), max(values)
-    if log:
-        axes.set_xscale("log")
-        axes.set_xlim(low / 3, high * (high / low) ** 0.45 * 1.5)  # room for the texts
-    else:
-        axes.set_xlim(0, high * 1.45)
-    axes.set_xlabel(unit)
+    axes.set_xscale("log")
+    axes.set_xlim(low / 2, high * max(5, (high / low) ** 0.25))  # room for the texts
+    for y, (_, value, text, mark) in enumerate(rows):
+        axes.axhline(y, color=style.GRID, linewidth=1, zorder=0)
+        axes.plot([value], [y], markersize=11, linestyle="none", **mark)
+        annotate(axes, text, (value, y), 11)
+    name_rows(axes, rows, unit)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.grid(axis="x")
+
+
+def bars(axes: Any, rows: list[tuple[str, float, str, dict[str, Any]]], unit: str) -> None:
+    """(name, value, text, mark) each, on an axis that starts at zero."""
+    for y, (_, value, text, mark) in enumerate(rows):
+        outline = "markerfacecolor" in mark
+        look = {"facecolor": "white", "edgecolor": mark["color"], "linewidth": 1.5} if outline else {}
+        axes.barh(y, value, height=0.62, **(look or {"color": mark["color"]}))
+        annotate(axes, text, (value, y), 7)
+    axes.set_xlim(0, max(row[1] for row in rows) * 1.4 or 1)
+    name_rows(axes, rows, unit)
+
+
+def annotate(axes: Any, text: str, point: tuple[float, float], points: float, **look: Any) -> None:
+    """Words to the right of a point, on white, so that no line goes through them."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    words = {"va": "center", "size": 10.5, "bbox": box, "annotation_clip": False, **look}
+    axes.annotate(text, point, (points, 0), textcoords="offset points", **words)
+
+
+def name_rows(axes: Any, rows: list[tuple[str, float, str, dict[str, Any]]], unit: str) -> None:
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], size=11)
+    ours = [row[3]["color"] == style.FAST for row in rows]
+    for label, of_ours in zip(axes.get_yticklabels(), ours, strict=True):
+        if of_ours and not all(ours):
+            label.set(weight="bold", color=style.FAST)
     axes.tick_params(axis="y", length=0)
+    axes.tick_params(axis="x", labelsize=10)
+    axes.set_xlabel(unit, size=10.5, color=style.QUIET)
+    # The axis begins where the longest name ends.
+    renderer = axes.figure.canvas.get_renderer()
+    widest = max(label.get_window_extent(renderer).width for label in axes.get_yticklabels())
+    box = axes.get_position()
+    left = 0.02 + (widest / axes.figure.dpi + 0.1) / axes.figure.get_figwidth()
+    axes.set_position((left, box.y0, box.x1 - left, box.height))
+
+
+def largest_group(report: Report) -> str | None:
+    """The group in which all implementations are."""
+    groups = report.groups("main", "large")
+    return max(groups, key=lambda name: len(groups[name])) if groups else None
+
+
+def subtitle_of(report: Report, result: Result) -> str:
+    words = ", ".join([pyramid_in_words(result.info["pyramid"]), *options_in_words(result.info, report.threads)])
+    return words[:1].upper() + words[1:]
 
 
 def plot_times(report: Report, out: Path) -> Path | None:
-    """Bars by implementation, of the group in which all of them are."""
-    groups = report.groups("main", "large")
-    if not groups:
+    """Time by implementation, of the group in which all of them are."""
+    group = largest_group(report)
+    if group is None:
         return None
-    group = max(groups, key=lambda name: len(groups[name]))
-    results = sorted(groups[group], key=lambda r: r.seconds)
+    results = sorted(report.groups("main", "large")[group], key=lambda r: r.seconds)
     figure, axes = new_figure(
-        report, f"Forward and backward of the focal loss over all levels\n{group}", 9, 1.7 + 0.36 * len(results)
+        report, "Time of the loss and its gradient", subtitle_of(report, results[0]), 10, 2.2 + 0.4 * len(results)
     )
-    bars = []
+    rows = []
     for r in results:
+        text = style.seconds(r.seconds)
         eagers = report.eagers(r)
-        text = f"{time_text(r.seconds)}   {ratio_text(report.copies(r))} x copy"
-        text += f", {ratio_text(eagers)} x faster than eager" if eagers and r.row.startswith("fastfocal") else ""
-        bars.append((r.label, r.seconds * 1e3, text, color_of(r.row)))
-    horizontal_bars(axes, bars, "milliseconds (log scale)", log=True)
+        if eagers and r.row.startswith("fastfocal"):
+            text += f"   {style.ratio(eagers)} faster than the plain loss"
+        rows.append((r.label, r.seconds * 1e3, text, marker_of(r.row)))
+    points_on_a_log_axis(axes, rows, "milliseconds, log scale")
     return save(figure, out / "times.png")
 
 
 def plot_cases(report: Report, out: Path) -> Path | None:
     """fastfocal against a copy of the same logits, case by case."""
-    rows = [r for r in report.results if r.row == "fastfocal" and r.info["section"] in ("main", "large")]
-    if not rows:
+    results = [r for r in report.results if r.row == "fastfocal" and r.info["section"] in ("main", "large")]
+    if not results:
         return None
-    parts = [r.group.split(", ") for r in rows]
-    common = [part for part in parts[0] if all(part in others for others in parts)]
-    figure, axes = new_figure(
-        report,
-        f"fastfocal, forward and backward, in copies of the same logits\n{', '.join(common)}",
-        9,
-        1.8 + 0.33 * len(rows),
-    )
-    bars = []
-    for r, words in zip(rows, parts, strict=True):
-        name = ", ".join(word for word in words if word not in common) or "all of them"
+    pyramids = {r.info["pyramid"]: pyramid_in_words(r.info["pyramid"]) for r in results}
+    several = len(pyramids) > 1
+    subtitle = "several pyramids" if several else pyramids[results[0].info["pyramid"]]
+    subtitle = subtitle[:1].upper() + subtitle[1:]
+    title = "FastFocalLoss beside a copy of the same logits"
+    figure, axes = new_figure(report, title, subtitle, 10, 2.2 + 0.36 * len(results))
+    rows = []
+    for r in results:
+        words = options_in_words(r.info, report.threads)
+        if several:
+            words.insert(0, r.info["pyramid"])
         copies = report.copies(r)
-        bars.append((name, copies, f"{copies:.2f}   ({time_text(r.seconds)})", OURS))
-    unit = "times empty_like(x).copy_(x) over every level, in the same dtype and threads"
-    horizontal_bars(axes, bars, unit, log=False)
-    axes.axvline(1, color="black", linewidth=1, linestyle="--")
+        text = f"{copies:.2f}   ({style.seconds(r.seconds)})"
+        rows.append((", ".join(words), copies, text, marker_of(r.row)))
+    bars(axes, rows, "time of the loss and its gradient over that of the copy, same dtype and threads")
+    axes.axvline(1, color=style.QUIET, linewidth=1.2, linestyle="--")
+    annotate(axes, "the copy", (1, -0.35), 4, color=style.QUIET, size=10)
+    axes.set_xlim(0, max(1.18, axes.get_xlim()[1]))
     return save(figure, out / "cases.png")
 
 
 def plot_scaling(report: Report, out: Path) -> Path | None:
-    """Time against the number of logits, on log axes."""
-    series: dict[str, list[tuple[int, float]]] = {}
+    """Time against the number of logits, on log axes; a line for each dtype, as they are different work."""
+    series: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for r in report.results:
         if r.info["section"] == "scaling":
-            series.setdefault(r.row, []).append((r.info["logits"], r.seconds * 1e3))
+            series.setdefault((r.row, r.info["dtype"]), []).append((r.info["logits"], r.seconds * 1e3))
     if not series:
         return None
-    figure, axes = new_figure(report, "Time of forward and backward against the number of logits (five levels)", 8, 5)
-    markers = {"fastfocal": "o", "copy": "s"}
-    for row, points in series.items():
+    dtypes = list(dict.fromkeys(sorted((dtype for _, dtype in series), key=lambda d: d != "float32")))
+    subtitle = "Five levels; logits of all levels together"
+    if len(dtypes) > 1:
+        subtitle += f". Solid: {dtypes[0]}; dashed: {', '.join(dtypes[1:])}"
+    figure, axes = new_figure(report, "Time of the loss and its gradient, by the number of logits", subtitle, 10, 6)
+    box = axes.get_position()
+    axes.set_position((box.x0, box.y0, box.width - 0.13, box.height))
+    for (row, dtype), points in series.items():
         points.sort()
-        label, marker = LABELS.get(row, row), markers.get(row, "^")
-        axes.loglog(*zip(*points, strict=True), label=label, marker=marker, color=color_of(row), markersize=5)
-    axes.legend(frameon=False, reverse=True)
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
-    axes.set_xlabel("logits, all levels together (float32; bfloat16 from 1e8 on)")
-    axes.set_ylabel("milliseconds")
+        first = dtype == dtypes[0]
+        axes.loglog(
+            *zip(*points, strict=True),
+            **marker_of(row),
+            linestyle="-" if first else "--",
+            linewidth=2,
+            markersize=7,
+        )
+        # Names stand at the lines' ends, where there is one for each row: at the dtype that reaches farthest.
+        if max(points) == max(p for (other, _), ps in series.items() if other == row for p in ps):
+            ours = row == "fastfocal"
+            look = {"color": style.FAST if ours else style.QUIET, "weight": "bold" if ours else "normal"}
+            annotate(axes, LABELS.get(row, row), points[-1], 11, **look)
+    axes.grid(True, which="major")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.tick_params(labelsize=10)
+    axes.set_xlabel("logits", size=10.5, color=style.QUIET)
+    axes.set_ylabel("milliseconds", size=10.5, color=style.QUIET)
     return save(figure, out / "scaling.png")
 
 
 def plot_memory(report: Report, out: Path) -> Path | None:
     """Peak extra memory by implementation, of the group in which all of them are, with fastfocal's in-place mode."""
-    groups = report.groups("main", "large")
-    if not groups:
+    group = largest_group(report)
+    if group is None:
         return None
-    group = max(groups, key=lambda name: len(groups[name]))
-    results = [r for r in groups[group] if r.extra_mib is not None]
+    results = [r for r in report.groups("main", "large")[group] if r.extra_mib is not None]
     problem = results[0].problem if results else ()
     labels = {(r.group, r.row): r.label for r in results}
     for r in report.results:
-        if (
-            r.row == "fastfocal"
-            and r.info["grad_mode"] == "inplace"
-            and r.problem == problem
-            and r.extra_mib is not None
-        ):
+        in_place = r.row == "fastfocal" and r.info["grad_mode"] == "inplace"
+        if in_place and r.problem == problem and r.extra_mib is not None:
             results.append(r)
-            labels[r.group, r.row] = 'fastfocal, grad_mode="inplace"'
+            labels[r.group, r.row] = style.IN_PLACE_NAME
     if not results:
         return None
     results.sort(key=lambda r: r.extra_mib or 0.0)
     size = results[0].info["logits"] * {"float32": 4, "float64": 8}.get(results[0].info["dtype"], 2) / 2**20
     figure, axes = new_figure(
-        report, f"Peak memory beyond the logits and labels, forward and backward\n{group}", 9, 1.7 + 0.36 * len(results)
+        report,
+        "Memory the loss and its gradient need, at the peak",
+        f"Beyond the logits, which take {size:.0f} MiB, and the labels; {pyramid_in_words(results[0].info['pyramid'])}",
+        10,
+        2.2 + 0.4 * len(results),
     )
-    bars = []
+    rows = []
     for r in results:
         mib = r.extra_mib or 0.0
-        text = f"{mib:.1f} MiB   {ratio_text(mib / size)} x the logits"
-        bars.append((labels[r.group, r.row], mib, text, color_of(r.row)))
-    horizontal_bars(axes, bars, f"MiB; the logits themselves take {size:.0f} MiB", log=False)
+        rows.append((labels[r.group, r.row], mib, style.mebibytes(mib * 2**20), marker_of(r.row)))
+    bars(axes, rows, "MiB")
     return save(figure, out / "memory.png")
 
 
 def save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path)
     return path
+
+
+# --- the data -----------------------------------------------------------------------------------------------------
+
+
+def data(paths: list[Path]) -> str:
+    """The runs without what the report does not read: a file as pytest-benchmark's, small enough to be committed."""
+    runs = [json.loads(path.read_text()) for path in paths]
+    first = runs[0]
+    kept = {
+        "machine_info": {"fastfocal": first["machine_info"]["fastfocal"]},
+        "commit_info": {key: first["commit_info"].get(key) for key in ("id", "dirty")},
+        "datetime": first["datetime"],
+    }
+    benchmarks = [
+        {
+            "group": bench["group"],
+            "stats": {key: bench["stats"][key] for key in ("median", "iqr", "rounds")},
+            "extra_info": bench["extra_info"],
+        }
+        for run in runs
+        for bench in run["benchmarks"]
+        if "row" in bench["extra_info"]
+    ]
+    lines = ",\n".join(json.dumps(bench) for bench in benchmarks)
+    return json.dumps(kept)[:-1] + f', "benchmarks": [\n{lines}\n]}}\n'
 
 
 def main() -> None:
@@ -357,12 +480,21 @@ def main() -> None:
     if not report.results:
         parser.error(f"{', '.join(map(str, arguments.saved))}: no results of these benchmarks")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    plots = (plot_times, plot_cases, plot_scaling, plot_memory)
-    paths = [path for plot in plots if (path := plot(report, arguments.out)) is not None]
+    kept = data(arguments.saved)  # read before it is written: it may be the file that was named
+    (arguments.out / "data.json").write_text(kept)
+    paths = plot(report, arguments.out)
     text = "\n".join(markdown(report, [path.name for path in paths]))
     (arguments.out / "report.md").write_text(text)
-    for path in [*paths, arguments.out / "report.md"]:
+    for path in [*paths, arguments.out / "report.md", arguments.out / "data.json"]:
         print(path)
+
+
+def plot(report: Report, out: Path) -> list[Path]:
+    import matplotlib
+
+    with matplotlib.rc_context(style.RC):
+        drawn = [draw(report, out) for draw in (plot_times, plot_cases, plot_scaling, plot_memory)]
+    return [path for path in drawn if path is not None]
 
 
 if __name__ == "__main__":

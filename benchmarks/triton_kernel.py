@@ -1,4 +1,4 @@
-"""A rival on GPUs: focal loss and its gradient in one pass, as one would write it in Triton. One launch a level.
+"""A rival on GPUs: focal loss and its gradient in one pass, as one would write it in Triton. One launch per level.
 
 The positives are counted by PyTorch operations beforehand. The gradient that comes in is taken to be 1, which spares this
 rival a pass over the gradients. Contiguous (N, A*K, H, W) and K-contiguous logits are read in place.

@@ -6,12 +6,20 @@
 >>> loss.backward()
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
+from pathlib import Path as _Path
 from pkgutil import extend_path as _extend_path
 
 # In a checkout that was installed with `pip install .`, Python finds this folder first and the compiled module elsewhere.
 __path__ = _extend_path(__path__, __name__)
-__version__ = _version("fastfocal")
+try:
+    __version__ = _version("fastfocal")
+except _PackageNotFoundError:
+    raise ImportError(
+        f"fastfocal is not installed: {_Path(__file__).resolve().parent.parent} holds its source alone; "
+        "run `pip install .` there"
+    ) from None
 
 from fastfocal import reference
 from fastfocal.functional import focal_loss, focal_loss_star, sigmoid_focal_loss

@@ -14,6 +14,7 @@ from fastfocal import build_info
 
 EXTRAS = {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn", "tqdm": "tqdm"}  # module: package
 PICTURES = (".jpg", ".pdf", ".png", ".svg")
+OUT = Path("fastfocal_demo.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=200, help="training steps, 8 scenes each (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda or cuda:1 (default: cuda if there is one)")
-    parser.add_argument("--out", type=Path, default=Path("fastfocal_demo.png"), help="picture (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="picture (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, scenes and their order (default: %(default)s)")
     arguments = parser.parse_args(argv)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Generator, Iterator
 
+import host_build
 import pytest
 import torch
 from cases import NATIVE, Backend
@@ -12,6 +13,23 @@ from cases import NATIVE, Backend
 import fastfocal
 
 registered = {"fastfocal"}  # namespaces whose operators have their shape functions
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter is there
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that compile for a minute say so, whether or not output is captured."""
+    terminal = config.pluginmanager.getplugin("terminalreporter")
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if terminal is None or capture is None:  # a worker of pytest-xdist
+        return
+
+    def announce(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            terminal.ensure_newline()
+            terminal.write_line(text)
+            terminal.flush()
+
+    host_build.announce = announce
 
 
 @pytest.fixture

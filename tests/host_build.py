@@ -16,6 +16,9 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 
+# Where a long compilation is announced: conftest.py sets it to the terminal, past what pytest captures.
+announce: Callable[[str], None] = lambda text: None  # noqa: E731
+
 FLAGS = (
     "-std=c++17",
     "-O1",  # nothing here is measured, and -O3 takes twice as long to compile
@@ -59,24 +62,37 @@ def build_library(
     flags: Sequence[str] = (),
     link: Sequence[str] = (),
     depends: str = "",
+    about: float = 0,
 ) -> Path:
     """Compiles `sources` into `directory`, and says where the library is.
+
+    What takes `about` so many seconds of CPU time, if nothing is kept, is announced; 0: it takes no time to speak of.
 
     Files are compiled side by side. Each object is kept under a hash of all it was made from: source, flags, compiler,
     the project's headers, and `depends` for what else it depends on.
     """
     flags = (*FLAGS, *flags, *(f"-I{path}" for path in include))
-    shared = _hash(_run([*compiler(), "--version"]), repr(flags), depends, *_headers(include))
+    shared = _hash(run([*compiler(), "--version"]), repr(flags), depends, *_headers(include))
 
-    def compile_one(source: Source) -> Path:
+    def object_of(source: Source) -> Path:
         key = _hash(shared, str(source.path), source.path.read_bytes(), repr(source.flags))
-        out = directory / f"{source.path.stem}-{key}.o"
+        return directory / f"{source.path.stem}-{key}.o"
+
+    def compile_one(source: Source, out: Path) -> None:
         if not out.exists():
             _make(out, [*compiler(), *flags, *source.flags, "-c", str(source.path)])
-        return out
 
+    sources = list(sources)
+    objects = [object_of(source) for source in sources]
+    missing = sum(not out.exists() for out in objects)
+    if missing and about:
+        share = about * missing / len(objects)
+        announce(
+            f"compiling {missing} of {len(objects)} files of {name} for the tests, about {share:.0f} s of one core; "
+            f"kept in {directory} for the next run"
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sources))
+        list(pool.map(compile_one, sources, objects))
     library = directory / f"{name}-{_hash(*(path.name for path in objects), repr(link))}.so"
     if not library.exists():
         _make(library, [*compiler(), "-shared", "-pthread", *map(str, objects), *link, "-Wl,-z,defs"])
@@ -84,7 +100,7 @@ def build_library(
 
 
 def build_operators(
-    name: str, sources: Iterable[Source], *, include: Sequence[Path] = (), flags: Sequence[str] = ()
+    name: str, sources: Iterable[Source], *, about: float, include: Sequence[Path] = (), flags: Sequence[str] = ()
 ) -> Path:
     """A library that registers operators: with csrc/ and torch's stable ABI, in the default folder."""
     import torch
@@ -98,11 +114,12 @@ def build_operators(
         flags=("-DTORCH_TARGET_VERSION=0x020A000000000000", *flags),
         depends=torch.__version__,
         link=(f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"),
+        about=about,
     )
 
 
 def load_operators(build: Callable[[], Path]) -> None:
-    """Loads what `build` makes, once a process."""
+    """Loads what `build` makes, once per process."""
     failure = _load_once(build)
     if failure:
         raise CompileError(failure)
@@ -139,11 +156,11 @@ def _make(out: Path, command: Sequence[str]) -> None:
     """Runs the command into a file of its own first: another process may be making the same one."""
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / out.name
-        _run([*command, "-o", str(made)])
+        run([*command, "-o", str(made)])
         made.replace(out)
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     except FileNotFoundError:

@@ -228,11 +228,14 @@ def test_a_measurement_from_end_to_end(monkeypatch: pytest.MonkeyPatch, row: str
     assert max(turns.values()) == min(turns.values())
 
 
-def saved(tmp_path: Path, name: str, *, row: str, gpu: str | None = "Some GPU", host: float | None = 1e-4) -> Path:
+def saved(
+    tmp_path: Path, name: str, *, row: str, gpu: str | None = "Some GPU", host: float | None = 1e-4, **more: Any
+) -> Path:
     info = {
         **dict(row=row, section="main", pyramid="p", dtype="float32", layout="nchw", gamma=2.0, grad_mode="save"),
         **dict(targets="labels", form="reduced", logits=1, levels=1, bytes_moved=3e8, threads=1),
         **dict(copy_seconds=1e-4, peak_extra_bytes=0, host_seconds=host, host_bound=row == "eager_per_level"),
+        **more,
     }
     facts = {
         **dict(gpu=gpu, cpu_name="Some CPU", cpu_capability="AVX2", cpu_flags=[], threads=1, cores=1, cuda="13.0"),
@@ -252,19 +255,77 @@ def saved(tmp_path: Path, name: str, *, row: str, gpu: str | None = "Some GPU", 
 def test_report_of_several_runs(tmp_path: Path) -> None:
     files = [saved(tmp_path, f"{row}.json", row=row) for row in ("fastfocal", "eager_per_level")]
     lines = list(report.markdown(report.load(files), []))
-    assert "| implementation | time | host | x copy | faster than eager | GB/s | peak extra MiB |" in lines
-    assert "| **fastfocal** | 50 µs | 100 µs | 0.50 | 1.00 | 6e+03 | 0.00 |" in lines
-    assert "| eager, per level | 50 µs h | 100 µs | 0.50 | 1.00 | 6e+03 | 0.00 |" in lines
+    assert "| implementation | time | host | x copy | faster than plain | GB/s | peak extra MiB |" in lines
+    assert "| **FastFocalLoss** | 50 µs | 100 µs | 0.50 | 1.00 | 6e+03 | 0.00 |" in lines
+    assert "| plain loss, level by level | 50 µs h | 100 µs | 0.50 | 1.00 | 6e+03 | 0.00 |" in lines
     with pytest.raises(SystemExit, match="different machines: Other GPU, Some GPU"):
         report.load([*files, saved(tmp_path, "other.json", row="copy", gpu="Other GPU")])
 
 
 def test_report_of_the_cpu_has_no_column_for_the_host(tmp_path: Path) -> None:
     lines = list(report.markdown(report.load([saved(tmp_path, "cpu.json", row="fastfocal", gpu=None, host=None)]), []))
-    assert "| implementation | time | x copy | faster than eager | GB/s | peak extra MiB |" in lines
-    assert "| **fastfocal** | 50 µs | 0.50 |  | 6e+03 | 0.00 |" in lines
+    assert "| implementation | time | x copy | faster than plain | GB/s | peak extra MiB |" in lines
+    assert "| **FastFocalLoss** | 50 µs | 0.50 |  | 6e+03 | 0.00 |" in lines
 
 
+def test_the_data_of_a_report_draw_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "plot", lambda report, out: [])
+    files = [saved(tmp_path, f"{row}.json", row=row) for row in ("fastfocal", "eager_per_level")]
+    pages = []
+    for named in (files, [tmp_path / "data.json"]):
+        monkeypatch.setattr(sys, "argv", ["report", *map(str, named), "--out", str(tmp_path)])
+        report.main()
+        pages.append(((tmp_path / "report.md").read_text(), (tmp_path / "data.json").read_text()))
+    assert pages[0] == pages[1] and "FastFocalLoss" in pages[0][0]
+
+
+def test_pictures_say_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bar on a log axis, where its length means nothing; and no line through two dtypes."""
+    pytest.importorskip("matplotlib")
+    pyramid = "P3-P7 800x1344 N=2 K=80"
+    files = [
+        saved(tmp_path, f"{row}.json", row=row, gpu=None, pyramid=pyramid, threads=1)
+        for row in ("fastfocal", "copy", "eager_per_level")
+    ]
+    for logits, dtype in ((10**6, "float32"), (10**7, "float32"), (10**8, "bfloat16"), (10**9, "bfloat16")):
+        more = {"section": "scaling", "logits": logits, "dtype": dtype}
+        files.append(saved(tmp_path, f"{logits}.json", row="fastfocal", gpu=None, **more))
+    figures = {}
+
+    def keep(figure: Any, path: Path) -> Path:
+        figure.savefig(path, dpi=20)
+        figures[path.stem] = figure
+        return path
+
+    monkeypatch.setattr(report, "save", keep)
+    report.plot(report.load(files), tmp_path)
+    assert set(figures) == {"times", "cases", "scaling", "memory"}
+    (times,), (scaling,) = figures["times"].axes, figures["scaling"].axes
+    assert times.get_xscale() == "log" and not times.patches
+    (memory,) = figures["memory"].axes
+    assert memory.get_xscale() == "linear" and len(memory.patches) == 3
+    assert sorted(tuple(line.get_xdata()) for line in scaling.lines) == [(10**6, 10**7), (10**8, 10**9)]
+    words = [text.get_text() for figure in figures.values() for text in figure.texts]
+    assert "Five FPN levels (P3–P7) of 2 images of 800 × 1344, 80 classes, float32, NCHW" in words
+    assert not [text for text in words if "N=2" in text or "nchw" in text]
+
+
+def test_training_curves_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("matplotlib", "sklearn", "PIL", "tqdm"):
+        pytest.importorskip(module)
+    from benchmarks import torchvision_training as training
+
+    curves = {training.STOCK: [1.0, 0.5], training.OURS: [1.0, 0.6], training.CONTROL: [1.0, 0.4]}
+    assert training.largest_difference(curves, training.OURS) == pytest.approx(0.2)
+    saved = tmp_path / "torchvision_training_64.json"
+    saved.write_text(json.dumps({"size": 64, "where": "a CPU", "curves": curves}))
+    monkeypatch.setattr(sys, "argv", ["torchvision_training", "--redraw", str(saved)])
+    training.main()
+    assert (tmp_path / "torchvision_training_64.png").stat().st_size > 10_000
+    assert len(list(tmp_path.iterdir())) == 2  # nothing else was run
+
+
+@pytest.mark.slow
 def test_a_run_that_is_ended_saves_what_it_measured(tmp_path: Path) -> None:
     saved = tmp_path / "saved.json"
     rows = "test_small_work and (fastfocal or copy) and 10x10"

@@ -72,6 +72,24 @@ def test_torch_too_old(tmp_path: Path) -> None:
     assert sentence.startswith("fastfocal: torch 2.9.1+cu128 is too old") and "2.10" in sentence
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_torch_is_fetched_only_where_there_is_none(tmp_path: Path, there: bool) -> None:
+    """What pip asks of an isolated build. Fetching torch is said, as it is the large part of an installation."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = "from setuptools import build_meta; import sys; sys.stdout = sys.__stderr__; "
+    code += "needs = build_meta.get_requires_for_build_wheel(); sys.__stdout__.write(' '.join(needs))"
+    if not there:
+        hidden = "lambda name, *rest, **more: None if name == 'torch' else find(name, *rest, **more)"
+        code = f"from importlib.machinery import PathFinder as P; find = P.find_spec; P.find_spec = {hidden}; {code}"
+    for package in ("fastfocal", "fastfocal/compat", "fastfocal/demo"):
+        (tmp_path / package).mkdir()
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ("" if there else "torch>=2.10")
+    assert ("`pip install torch` first" in result.stderr) == (not there)
+
+
 def executable(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n")

@@ -228,6 +228,7 @@ def test_one_graph_serves_another_size() -> None:
             assert_close(got.grad, want.grad.double().numpy(), 1e-6)  # type: ignore[arg-type, union-attr]
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager() -> None:
     """Once through code generation, with operators around the loss that inductor fuses."""
     levels, labels = problem()

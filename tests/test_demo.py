@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import torch
 
 import fastfocal
 from fastfocal import FastFocalLoss, reference
-from fastfocal.__main__ import EXTRAS, choose_device, main
+from fastfocal.__main__ import EXTRAS, OUT, choose_device, main
 
 for module in EXTRAS:
     pytest.importorskip(module)
@@ -173,6 +175,7 @@ def test_same_seed_same_training(data: train.Data) -> None:
 # Measuring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", measure.KINDS)
 def test_cost(kind: str) -> None:
     levels = ((64, 64), (32, 32))
@@ -196,13 +199,20 @@ def test_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(demo, "HELD_OUT", 6)
     out = tmp_path / "picture.png"
     main(["--steps", "2", "--seed", "1", "--device", "cpu", "--out", str(out)])
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
     assert (
         f"fastfocal {fastfocal.__version__}" in printed
         and "recall" in printed
         and "500 ms" in printed
         and "3.0 MiB" in printed
+        and "plain and plain in float64" in printed
     )
+    # Every step that takes seconds shows how far it is.
+    for step in (
+        *("composing scenes", "comparing gradients", "plain, per level", "FastFocalLoss", "plain, float64"),
+        *("composing held-out scenes", "detecting, plain loss", "detecting, FastFocalLoss", "measuring"),
+    ):
+        assert re.search(rf"{step} *:", bars), step
     with Image.open(out) as image:
         assert image.size[0] == 1600
     assert out.stat().st_size < 700_000
@@ -216,8 +226,19 @@ def test_picture_without_measurements(tmp_path: Path) -> None:
     costs = {kind: measure.Cost(failure="out of memory") for kind in measure.KINDS}
     out = tmp_path / "picture.svg"
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
-        picture.draw(trained, trained, costs, shown, [nothing] * 2, train.Score(0, 0), "a CPU", out)
-    assert out.read_text().count("not measured") == 2 * len(costs)
+        picture.draw(trained, trained, 0.25, costs, shown, [nothing] * 2, train.Score(0, 0), "a CPU", out)
+    text = out.read_text()
+    assert text.count("not measured") == 2 * len(costs)
+    # The two trainings' largest difference stands beside the one that rounding alone makes.
+    assert "largest difference 0" in text and "by rounding alone 0.25" in text
+
+
+GITIGNORE = Path(__file__).parent.parent / ".gitignore"
+
+
+@pytest.mark.skipif(not GITIGNORE.exists(), reason="not a checkout")
+def test_what_it_writes_is_ignored_by_git() -> None:
+    assert any(fnmatch.fnmatch(OUT.name, pattern) for pattern in GITIGNORE.read_text().splitlines())
 
 
 @pytest.mark.parametrize(

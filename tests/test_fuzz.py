@@ -10,6 +10,7 @@ from fuzz import Interval, Problem
 from hypothesis import given, settings
 
 
+@pytest.mark.slow
 @settings(fuzz.PROFILE, max_examples=300, derandomize=True)
 @given(problem=fuzz.problems())
 def test_any_problem(problem: Problem) -> None:

@@ -33,6 +33,11 @@ def backend(request: pytest.FixtureRequest, use_operators: Callable[[str], None]
     return Backend(request.param, torch.device("cpu"))
 
 
+def test_the_stand_in_for_avx512_is_complete() -> None:
+    """A processor that has AVX-512 compiles nothing else with it, so a new intrinsic would fail on the others alone."""
+    build.check_stand_in()
+
+
 # --- each its own -----------------------------------------------------------------------------------------------------
 
 

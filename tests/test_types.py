@@ -22,6 +22,7 @@ def expected() -> list[int]:
     return [i for i, line in enumerate(CALLS.read_text().splitlines(), 1) if line.endswith("# error")]
 
 
+@pytest.mark.slow
 def test_mypy_tells_right_calls_from_wrong_ones() -> None:
     if importlib.util.find_spec("mypy") is None:
         pytest.skip("mypy is not installed (pip install '.[lint]')")

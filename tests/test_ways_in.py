@@ -109,6 +109,7 @@ def test_compiled(name: str, backend: str) -> None:
     compare(named(model), expected(**OPTIONS[name]))
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     torch._dynamo.reset()
     model = made()
@@ -136,6 +137,7 @@ def test_exported_without_gradients_and_trained_all_the_same() -> None:
     compare(named(exported), expected())
 
 
+@pytest.mark.slow
 def test_aot_inductor(tmp_path: Path) -> None:
     """A compiled package gives the loss without Python's part of the package."""
     torch._dynamo.reset()

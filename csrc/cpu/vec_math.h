@@ -3,7 +3,7 @@
 // AVX-512 looks up a vector of numbers in a table of 32, which two registers hold, with one instruction. What is left for a
 // polynomial is then so near to 0 that few terms do: exp(-|x|) and log(1 + e) take 9 multiplications and multiply-adds where
 // the polynomials of focal_math.h take 19, and those are what the loop waits for. The other instruction sets have no such
-// tables, or gain little by them (AVX2, of 8: benchmarks/README.md).
+// tables, or gain little by them (AVX2, of 8: docs/notes/cpu_loop.md).
 #pragma once
 
 #include "vec.h"

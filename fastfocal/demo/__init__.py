@@ -27,7 +27,7 @@ def run(steps: int, device: torch.device, out: Path, seed: int) -> None:
 
     from fastfocal import FastFocalLoss
 
-    from . import measure, picture
+    from . import measure, picture, style
     from .detector import NUM_ANCHORS, STRIDES
     from .scenes import NUM_CLASSES, SceneMaker
     from .train import Data, evaluate, new_model, plain_loss, plain_loss_in_float64, train
@@ -42,33 +42,29 @@ def run(steps: int, device: torch.device, out: Path, seed: int) -> None:
         data = Data(seed, steps, device)
         model = new_model(seed, device)
         size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        print(f"  detector   {size}, {len(STRIDES)} levels, {NUM_ANCHORS} anchors a cell, {NUM_CLASSES} classes")
+        print(f"  detector   {size}, {len(STRIDES)} levels, {NUM_ANCHORS} anchors per cell, {NUM_CLASSES} classes")
 
         answers = [
             measure.gradient_question(model, data.batch(0), fast_loss, NUM_CLASSES, dtype)
-            for dtype in (torch.float32, torch.float64)
+            for dtype in tqdm((torch.float32, torch.float64), desc="comparing gradients", leave=False)
         ]
         print_gradients(answers, len(STRIDES))
 
         print(f"\nTraining twice from seed {seed}: same weights, same batches, same order", flush=True)
         plain = train(plain_loss(NUM_CLASSES), data, seed, steps, "  plain, per level")
         fast = train(fast_loss, data, seed, steps, "  FastFocalLoss   ")
-        begin = min(20, steps)
-        control = train(plain_loss_in_float64(NUM_CLASSES), data, seed, steps, "", stop=begin, progress=False)
+        print("Once more with other rounding, to see how far that alone drives two trainings apart", flush=True)
+        control = train(plain_loss_in_float64(NUM_CLASSES), data, seed, steps, "  plain, float64  ")
         maker = SceneMaker(seed, held_out=True)
-        scenes = [maker(i) for i in range(HELD_OUT)]
-        plain_score, _ = evaluate(plain.model, scenes, device)
-        fast_score, detections = evaluate(fast.model, scenes, device)
-    difference = (plain.curve - fast.curve).abs()
-    rounding = (plain.curve[:begin] - control.curve).abs().max().item()
+        scenes = [maker(i) for i in tqdm(range(HELD_OUT), desc="composing held-out scenes", leave=False)]
+        plain_score, _ = evaluate(plain.model, scenes, device, "detecting, plain loss")
+        fast_score, detections = evaluate(fast.model, scenes, device, "detecting, FastFocalLoss")
+    begin = min(20, steps)
+    difference, rounding = ((plain.curve - other.curve).abs() for other in (fast, control))
     print(f"  focal loss from {plain.curve[0].item():.3f} to {plain.curve[-begin:].mean().item():.3f}")
-    print(
-        f"  largest difference of the two curves: {difference[:begin].max().item():.1e} in the first {begin} steps, "
-        f"{difference.max().item():.1e} in all {steps}"
-    )
-    print(
-        f"  for comparison, the plain loss in float64 against itself in float32: {rounding:.1e} in the first {begin} steps"
-    )
+    print_row("  largest difference of two curves", f"first {begin} steps", f"all {steps} steps")
+    for name, values in (("    plain and FastFocalLoss", difference), ("    plain and plain in float64", rounding)):
+        print_row(name, f"{values[:begin].max().item():.1e}", f"{values.max().item():.1e}")
 
     logits = measure.IMAGES * measure.ANCHORS * measure.CLASSES * sum(h * w for h, w in measure.LEVELS)
     print(
@@ -80,9 +76,9 @@ def run(steps: int, device: torch.device, out: Path, seed: int) -> None:
 
     columns = list(costs.values())
     print_row("", "plain, per level", "FastFocalLoss", "FastFocalLoss, in place")
-    print_row("  time (median)", *against_first([c.median for c in columns], picture.milliseconds))
+    print_row("  time (median)", *against_first([c.median for c in columns], style.milliseconds))
     print_row("  repeats", *(str(len(c.seconds)) for c in columns))
-    print_row("  memory, extra at the peak", *against_first([c.memory for c in columns], picture.mebibytes))
+    print_row("  memory, extra at the peak", *against_first([c.memory for c in columns], style.mebibytes))
     for kind, c in costs.items():
         if c.failure:
             print(f"  ({kind}: {c.failure})")
@@ -90,7 +86,7 @@ def run(steps: int, device: torch.device, out: Path, seed: int) -> None:
     print_row("  recall (right class, IoU >= 0.5)", f"{plain_score.recall:.1%}", f"{fast_score.recall:.1%}")
     print_row("  precision", f"{plain_score.precision:.1%}", f"{fast_score.precision:.1%}")
 
-    picture.draw(plain, fast, costs, scenes[:SHOWN], detections[:SHOWN], fast_score, where, out)
+    picture.draw(plain, fast, rounding.max().item(), costs, scenes[:SHOWN], detections[:SHOWN], fast_score, where, out)
     print(f"\nPicture: {out}   ({time.perf_counter() - started:.0f} s in all)")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 STRIDES = (4, 8, 16)
-ANCHOR_SCALES = (4.25, 6.0)  # anchor height / stride: two steps an octave
+ANCHOR_SCALES = (4.25, 6.0)  # anchor height / stride: two steps per octave
 ANCHOR_RATIOS = (0.45, 0.75)  # width / height: handwritten digits are taller than wide
 NUM_ANCHORS = len(ANCHOR_SCALES) * len(ANCHOR_RATIOS)
 POSITIVE, NEGATIVE = 0.6, 0.4  # an anchor with an IoU of at least / below this is foreground / background
@@ -51,7 +51,7 @@ class Detector(nn.Module):
         nn.init.constant_(self.class_head.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """``(N, 3, S, S)`` in [0, 1] -> class logits and box offsets, each a list with one tensor a level."""
+        """``(N, 3, S, S)`` in [0, 1] -> class logits and box offsets, each a list with one tensor per level."""
         x = self.stem(images * 4 - 2)
         features = []
         for stage, lateral in zip(self.stages, self.lateral, strict=False):

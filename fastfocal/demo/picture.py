@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -12,31 +11,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from . import style
 from .measure import CLASSES, IMAGES, Cost
 from .scenes import SIZE, Scene
+from .style import FAST, FOUND, IN_PLACE, PLAIN, QUIET, WRONG
 from .train import Detection, Score, Trained, found
 
-PLAIN, FAST, IN_PLACE = "#7b8794", "#0b7285", "#22b8cf"
-FOUND, WRONG = "#40e0d0", "#ff922b"  # on photographs, so brighter
-QUIET = "#495057"
 NAME_WIDTH, NAME_HEIGHT = 5, 7  # of a class name, in pixels of a scene
 COLOURS = {"plain": PLAIN, "fast": FAST, "inplace": IN_PLACE}
-LABELS = {"plain": "plain loss,\nlevel by level", "fast": "FastFocalLoss", "inplace": "FastFocalLoss,\nin place"}
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 13,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 15,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 12,
-}
+NAMES = {"plain": style.PLAIN_NAME, "fast": style.FAST_NAME, "inplace": style.IN_PLACE_NAME}
 
 
 def draw(
     plain: Trained,
     fast: Trained,
+    rounding: float,
     costs: dict[str, Cost],
     scenes: Sequence[Scene],
     detections: Sequence[Detection],
@@ -44,9 +33,12 @@ def draw(
     where: str,
     out: Path,
 ) -> None:
-    """Draws everything and saves it; the format is that of the name's ending."""
+    """Draws everything and saves it; the format is that of the name's ending.
+
+    ``rounding``: how far another rounding of the plain loss drives its training curve from itself, at most.
+    """
     columns = len(scenes)
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(style.RC):
         figure = Figure(figsize=(16, 8.4), dpi=100, facecolor="white")
         top = figure.add_gridspec(
             1, 3, left=0.05, right=0.975, top=0.85, bottom=0.475, wspace=0.42, width_ratios=(1.2, 1, 1)
@@ -54,21 +46,21 @@ def draw(
         bottom = figure.add_gridspec(1, columns, left=0.02, right=0.98, top=0.325, bottom=0.015, wspace=0.04)
         figure.text(0.02, 0.945, "fastfocal: one focal loss over every FPN level", size=21, weight="bold")
         figure.text(0.98, 0.948, where, size=12, color=QUIET, ha="right")
-        _curves(figure.add_subplot(top[0]), plain, fast)
-        size = f"800 × 1344 pyramid, N = {IMAGES}, K = {CLASSES}"
+        _curves(figure.add_subplot(top[0]), plain, fast, rounding)
+        size = f"{IMAGES} images of 800 × 1344, {CLASSES} classes"
         _bars(
             figure.add_subplot(top[1]),
-            "Time, loss + backward",
+            "Time of the loss and its gradient",
             {kind: cost.median for kind, cost in costs.items()},
-            milliseconds,
+            style.milliseconds,
             "faster",
             size,
         )
         _bars(
             figure.add_subplot(top[2]),
-            "Memory, extra at the peak",
+            "Memory needed, at the peak",
             {kind: cost.memory for kind, cost in costs.items()},
-            mebibytes,
+            style.mebibytes,
             "less",
             size,
         )
@@ -89,7 +81,7 @@ def draw(
         figure.savefig(out)
 
 
-def _curves(axes: Axes, plain: Trained, fast: Trained) -> None:
+def _curves(axes: Axes, plain: Trained, fast: Trained, rounding: float) -> None:
     steps = torch.arange(1, len(plain.curve) + 1)
     axes.plot(
         steps,
@@ -97,20 +89,20 @@ def _curves(axes: Axes, plain: Trained, fast: Trained) -> None:
         color=PLAIN,
         linewidth=6,
         alpha=0.55,
-        label="plain loss, level by level",
+        label=style.PLAIN_NAME,
         solid_capstyle="round",
     )
-    axes.plot(steps, fast.curve, color=FAST, linewidth=1.6, label="FastFocalLoss")
+    axes.plot(steps, fast.curve, color=FAST, linewidth=1.6, label=style.FAST_NAME)
     axes.set_title("Training from one seed")
     axes.set_xlabel("step")
     axes.set_ylabel("focal loss")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
-    axes.grid(axis="y", color="#e9ecef")
-    axes.set_axisbelow(True)
+    axes.grid(axis="y")
     difference = (plain.curve - fast.curve).abs().max().item()
-    axes.text(0.97, 0.6, f"largest difference {difference:.2g}", transform=axes.transAxes, ha="right", color=QUIET)
-    axes.legend(frameon=False, loc="upper right")
+    words = f"largest difference {difference:.2g}\nby rounding alone {rounding:.2g}"
+    axes.text(0.97, 0.63, words, transform=axes.transAxes, ha="right", va="top", color=QUIET, linespacing=1.4)
+    axes.legend(loc="upper right")
 
 
 def _bars(
@@ -126,7 +118,7 @@ def _bars(
         inside = value > 0.5 * longest
         words = text(value)
         if kind != "plain" and plain and value > 0:
-            words += f"   {ratio(plain / value)} {better}"
+            words += f"   {style.ratio(plain / value)} {better}"
         axes.annotate(
             words,
             (value, row),
@@ -139,27 +131,12 @@ def _bars(
             size=14,
         )
     axes.set_xlim(0, longest)
-    axes.set_yticks(range(len(values)), [LABELS[kind] for kind in values])
+    axes.set_yticks(range(len(values)), [NAMES[kind].replace(", ", ",\n") for kind in values])
     axes.invert_yaxis()
     axes.tick_params(left=False, bottom=False, labelbottom=False)
     axes.spines["bottom"].set_visible(False)
     axes.set_title(title)
     axes.set_xlabel(size, color=QUIET, loc="left", labelpad=10)
-
-
-def ratio(value: float) -> str:
-    """Two digits are more than the measurement is worth."""
-    return f"{float(f'{value:.2g}'):,.0f}×" if value >= 10 else f"{value:.1f}×"
-
-
-def milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:,.0f} ms" if value >= 10 else f"{value:.2g} ms"
-
-
-def mebibytes(count: float) -> str:
-    value = count / 2**20
-    return f"{value:,.0f} MiB" if value >= 10 else f"{value:.1f} MiB"
 
 
 def _place_of_name(box: list[float], taken: list[list[float]]) -> list[float]:

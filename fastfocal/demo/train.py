@@ -100,10 +100,9 @@ def train(
     seed: int,
     steps: int,
     name: str,
-    stop: int | None = None,
     progress: bool = True,
 ) -> Trained:
-    """``stop``: no more than so many of the ``steps`` that the learning rate is planned for."""
+    """``name``: of the progress bar."""
     model = new_model(seed, data.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
     warmup = max(1, steps // 10)
@@ -115,7 +114,7 @@ def train(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     curve = []
-    bar = tqdm(range(stop or steps), desc=name, disable=not progress, unit="step")
+    bar = tqdm(range(steps), desc=name, disable=not progress, unit="step")
     for step in bar:
         batch = data.batch(step)
         class_logits, offsets = model(batch.images)
@@ -141,10 +140,13 @@ class Score:
 Detection = tuple[Tensor, Tensor, Tensor]  # boxes [D, 4], classes [D], scores [D]
 
 
-def evaluate(model: Detector, scenes: Sequence[Scene], device: torch.device) -> tuple[Score, list[Detection]]:
+def evaluate(
+    model: Detector, scenes: Sequence[Scene], device: torch.device, name: str, progress: bool = True
+) -> tuple[Score, list[Detection]]:
+    """``name``: of the progress bar."""
     anchors = torch.cat(make_anchors(SIZE)).to(device)
     detections: list[Detection] = []
-    for start in range(0, len(scenes), 25):
+    for start in tqdm(range(0, len(scenes), 25), desc=name, disable=not progress, leave=False):
         images = torch.stack([torch.from_numpy(s.image).permute(2, 0, 1) for s in scenes[start : start + 25]])
         detections += detect(model, images.to(device).float() / 255, anchors)
     correct = sum(int(found(scene, d).sum()) for scene, d in zip(scenes, detections, strict=False))

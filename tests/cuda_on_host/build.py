@@ -40,7 +40,9 @@ def build() -> Path:
     """Builds the operators, unless the same sources were built before."""
     # context.cpp is what register.cpp replaces: it asks torch for the CUDA stream and device.
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "register.cpp"]
-    return host_build.build_operators("fastfocal_on_host", with_scheduler(sources), include=INCLUDE, flags=FLAGS)
+    return host_build.build_operators(
+        "fastfocal_on_host", with_scheduler(sources), about=20, include=INCLUDE, flags=FLAGS
+    )
 
 
 def load() -> None:

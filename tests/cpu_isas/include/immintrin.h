@@ -88,6 +88,19 @@ inline __m512 _mm512_loadu_ps(const void* p) {
   return out;
 }
 inline void _mm512_storeu_ps(void* p, __m512 a) { std::memcpy(p, &a, sizeof(a)); }
+// Memory of lanes outside the mask is not touched, as it may be none.
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) {
+  return fastfocal_stand_in::each<__m512>([&](int i) {
+    float x = 0.0f;
+    if (fastfocal_stand_in::in(k, i)) std::memcpy(&x, static_cast<const char*>(p) + i * sizeof(x), sizeof(x));
+    return x;
+  });
+}
+inline void _mm512_mask_storeu_ps(void* p, __mmask16 k, __m512 a) {
+  for (int i = 0; i < 16; ++i) {
+    if (fastfocal_stand_in::in(k, i)) std::memcpy(static_cast<char*>(p) + i * sizeof(float), &a.lane[i], sizeof(float));
+  }
+}
 
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) {
   return fastfocal_stand_in::each<__m512>([&](int i) { return a.lane[i] + b.lane[i]; });
@@ -223,11 +236,25 @@ inline void _mm256_storeu_si256(__m256i* p, __m256i a) { std::memcpy(static_cast
 inline __m256i _mm256_set1_epi16(int16_t a) {
   return fastfocal_stand_in::each<__m256i>([&](int) { return a; });
 }
+// Memory of lanes outside the mask is not touched.
+inline __m256i _mm256_mask_loadu_epi16(__m256i other, __mmask16 k, const void* p) {
+  return fastfocal_stand_in::each<__m256i>([&](int i) {
+    int16_t x = other.lane[i];
+    if (fastfocal_stand_in::in(k, i)) std::memcpy(&x, static_cast<const char*>(p) + i * sizeof(x), sizeof(x));
+    return x;
+  });
+}
+inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
+  return _mm256_mask_loadu_epi16(_mm256_set1_epi16(0), k, p);
+}
 inline __m256i _mm256_cmpeq_epi16(__m256i a, __m256i b) {
   return fastfocal_stand_in::each<__m256i>([&](int i) { return int16_t(a.lane[i] == b.lane[i] ? -1 : 0); });
 }
 inline __mmask16 _mm256_cmpeq_epi16_mask(__m256i a, __m256i b) {
   return fastfocal_stand_in::mask([&](int i) { return a.lane[i] == b.lane[i]; });
+}
+inline __mmask16 _mm256_cmpneq_epi16_mask(__m256i a, __m256i b) {
+  return fastfocal_stand_in::mask([&](int i) { return a.lane[i] != b.lane[i]; });
 }
 // Sixteen bits of a and b, 64 of them in all, for each sixteen bits of `which`, of which the lowest six count.
 inline __m512i _mm512_permutex2var_epi16(__m512i a, __m512i which, __m512i b) {
