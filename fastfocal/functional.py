@@ -140,7 +140,7 @@ def focal_loss(
     formula = plain_formula(gamma, label_smoothing, detach_modulating_factor)
     classes = arguments.number_of_classes(logits, targets, num_classes)
     number, per_class = arguments.split_alpha(alpha)
-    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index, classes)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
     settings = make_settings(formula, classes, number, *options)
     class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
@@ -203,7 +203,7 @@ def focal_loss_star(
     formula = star_formula(gamma, beta)
     classes = arguments.number_of_classes(logits, targets, num_classes)
     number, per_class = arguments.split_alpha(alpha)
-    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index, classes)
     options = (background_index, ignore_index, level_weights, reduction, grad_mode, loss_weight)
     settings = make_settings(formula, classes, number, *options)
     class_alpha = None if per_class is None else arguments.check_class_alpha(per_class, classes)
@@ -320,7 +320,7 @@ def pyramid_loss(
                 raise
             raise ValueError(message) from None
         if count != ops.COUNT_NOTHING:
-            divisor = counted
+            divisor = counted if divisor is None else counted * divisor
 
     family, gamma, label_smoothing, detach_modulating_factor, beta = settings.formula
     options = autograd.Options(
@@ -354,8 +354,8 @@ def weights_of_classes(alpha: Tensor | tuple[float, ...], num_classes: int, logi
     if isinstance(alpha, Tensor):
         per_class = alpha.to(device)
         return torch.stack((per_class, 1 - per_class)).to(dtype)
-    # What is made under a mode may be no ordinary tensor (fake, traced), and must not outlast it.
-    if is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+    # What is made under a mode or a transform may be no ordinary tensor (fake, traced, wrapped), and must not outlast it.
+    if autograd.is_transformed() or torch._C._len_torch_dispatch_stack() > 0:
         return make_weights_of_classes(alpha, dtype, device)
     return remembered_weights_of_classes(alpha, dtype, device)
 
@@ -365,7 +365,7 @@ def make_weights_of_classes(alpha: tuple[float, ...], dtype: torch.dtype, device
     return weights.to(dtype).to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: a captured graph may read it as long as the process lives
 def remembered_weights_of_classes(alpha: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Copied to the device once: a copy from the host waits for it, and a graph that is being captured refuses it."""
     with torch.inference_mode(False), torch.no_grad():
@@ -381,20 +381,29 @@ def resolve_normalizer(
 ) -> tuple[int, float, Tensor | None]:
     """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
     if reduction == "mean":
-        return ops.COUNT_LOGITS, float(max(1, sum(t.numel() for t in levels))) if soft else 1.0, None
+        if not soft:
+            return ops.COUNT_LOGITS, 1.0, None
+        return ops.COUNT_NOTHING, *size_as_divisor(max(1, sum(t.numel() for t in levels)), levels[0])
     if isinstance(normalizer, Tensor):
         normalizer = arguments.as_plain("normalizer", normalizer)
     arguments.check_normalizer_for(normalizer, levels[0], soft)
     if isinstance(normalizer, str):
         if normalizer == "positives":
             return ops.COUNT_POSITIVES, 1.0, None
-        return ops.COUNT_POSITIVES_PER_IMAGE, float(max(1, ops.images(levels[0]))), None
+        return ops.COUNT_POSITIVES_PER_IMAGE, *size_as_divisor(max(1, ops.images(levels[0])), levels[0])
     if isinstance(normalizer, Tensor):
         if normalizer.device != levels[0].device and not is_compiling():  # a number on the host: nothing is copied
             return ops.COUNT_NOTHING, normalizer.item(), None
         divisor = normalizer.detach().to(levels[0].device, torch.float64, non_blocking=True)
         return ops.COUNT_NOTHING, 1.0, divisor.contiguous()
     return ops.COUNT_NOTHING, 1.0 if normalizer is None else float(normalizer), None
+
+
+def size_as_divisor(size: int, like: Tensor) -> tuple[float, Tensor | None]:
+    """A size as a number; under a compiler as a tensor, since a number in an operator's list would fix a symbolic size."""
+    if is_compiling():
+        return 1.0, torch.full((), size, dtype=torch.float64, device=like.device)
+    return float(size), None
 
 
 def level_scales(settings: Settings, levels: int, number: float) -> list[float]:
@@ -475,14 +484,14 @@ def sigmoid_focal_loss(
     logits, soft = inputs, targets
     if inputs.dim() != 4:  # 4-D is read in place, channels_last too
         logits, soft = inputs.reshape(-1, 1), targets.reshape(-1, 1)
-    loss = focal_loss(
+    loss = focal_loss(  # type: ignore[call-overload]
         logits,
         soft,
         num_classes=1,
         alpha=alpha,
         gamma=gamma,
-        normalizer=float(inputs.numel()) if reduction == "mean" and inputs.numel() else None,
-        reduction="none" if reduction == "none" else "sum",
+        normalizer=None,
+        reduction=reduction,
     )
     assert isinstance(loss, Tensor)
     if reduction == "none":

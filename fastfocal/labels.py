@@ -31,11 +31,13 @@ CONVENTIONS = {
 }
 
 
-def resolve(labels: str | None, background_index: int | None, ignore_index: int) -> tuple[int | None, int]:
+def resolve(
+    labels: str | None, background_index: int | None, ignore_index: int, num_classes: int | None
+) -> tuple[int | None, int]:
     """background_index and ignore_index, of the preset where one is named.
 
     Raises:
-        ValueError: there is no such preset, or it is given beside one of the two.
+        ValueError: there is no such preset, it is given beside one of the two, or it ignores what is a class here.
     """
     if labels is None:
         return background_index, ignore_index
@@ -44,7 +46,13 @@ def resolve(labels: str | None, background_index: int | None, ignore_index: int)
     if background_index is not None or ignore_index != DEFAULT_IGNORE_INDEX:
         given = "background_index" if background_index is not None else "ignore_index"
         raise ValueError(f"labels: {labels!r} says what {given} says; expected one of the two, got both")
-    return CONVENTIONS[labels]
+    convention = CONVENTIONS[labels]
+    if num_classes is not None and 0 <= convention.ignored <= num_classes:
+        raise ValueError(
+            f"labels: {labels!r} ignores {convention.ignored}, which is a class or background with num_classes {num_classes}; "
+            "expected fewer classes, or another ignore_index"
+        )
+    return convention
 
 
 def meaning(label: int, convention: Convention, num_classes: int) -> str | None:
@@ -58,6 +66,13 @@ def meaning(label: int, convention: Convention, num_classes: int) -> str | None:
     return "a class" if first <= label < num_classes + first else None
 
 
+def numbers_of(t: Tensor) -> np.ndarray:
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    with torch._C._DisableFuncTorch():  # it would wrap what comes of the tensor
+        return t.detach().cpu().numpy()
+
+
 def first_bad_label(
     targets: list[Tensor], anchors: list[int], num_classes: int, background: int, ignored: int
 ) -> tuple[int, int, tuple[int, ...], int] | None:
@@ -69,7 +84,7 @@ def first_bad_label(
     first = 1 if background == 0 else 0
     ends = np.cumsum(anchors)
     for index, t in enumerate(targets):
-        values = t.detach().cpu().numpy()
+        values = numbers_of(t)
         fine = (values >= first) & (values < num_classes + first) | (values == background) | (values == ignored)
         if fine.all():
             continue
@@ -119,6 +134,8 @@ class NoBackground:
     def look(self, labels: list[Tensor], num_classes: int) -> None:
         if self.calls_left <= 0 or labels[0].device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
             return
+        if any(type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl for t in labels):
+            return  # fake ones outside of their mode: they have no numbers
         self.calls_left -= 1
         total = sum(t.numel() for t in labels)
         # Counted, not summed: a sum makes eight bytes of each.

@@ -3,8 +3,9 @@
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
@@ -25,6 +26,11 @@ from fastfocal.functional import (
     pyramid_loss,
     star_formula,
 )
+
+
+def is_lasting(t: Tensor) -> bool:
+    """Whether it is an ordinary tensor with numbers: not fake, traced, wrapped by torch.func, or without data."""
+    return type(t) is Tensor and not t.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 class FastFocalLoss(nn.Module):
@@ -77,7 +83,9 @@ class FastFocalLoss(nn.Module):
         self.num_classes = arguments.check_num_classes(num_classes)
         self.alpha = alpha
         self.gamma = gamma
-        self.background_index, self.ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
+        self.background_index, self.ignore_index = label_conventions.resolve(
+            labels, background_index, ignore_index, self.num_classes
+        )
         self.level_weights = arguments.check_level_weights(level_weights)
         self.label_smoothing = label_smoothing
         self.detach_modulating_factor = detach_modulating_factor
@@ -102,7 +110,10 @@ class FastFocalLoss(nn.Module):
         if class_alpha is not None and not is_compiling():
             device = next((t.device for t in arguments.as_levels("logits", logits)), class_alpha.device)
             if class_alpha.device != device:  # once: a copy to a GPU waits for it
-                class_alpha = self._buffers["class_alpha"] = class_alpha.to(device)
+                source = self._given_alpha if class_alpha.is_meta and self._given_alpha is not None else class_alpha
+                class_alpha = source.to(device)
+                if is_lasting(class_alpha):
+                    self._buffers["class_alpha"] = class_alpha
         return pyramid_loss(self._settings(self._alpha), logits, targets, weight, normalizer, class_alpha)
 
     @property
@@ -111,15 +122,23 @@ class FastFocalLoss(nn.Module):
 
     @alpha.setter
     def alpha(self, alpha: float | Sequence[float] | Tensor | None) -> None:
-        self._alpha, per_class = arguments.split_alpha(alpha)
+        number, per_class = arguments.split_alpha(alpha)
+        arguments.check_alpha(number)
         values = None if per_class is None else arguments.check_class_alpha(per_class, self.num_classes)
         # Per class it moves with the module, is no part of its state, and stays float64 whatever the module is cast to.
         if isinstance(values, tuple):
             values = torch.tensor(values, dtype=torch.float64, device="cpu")
         self.register_buffer("class_alpha", values, persistent=False)
-        self._given_alpha = values
+        self._alpha, self._given_alpha = number, values
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_given_alpha", self.class_alpha)  # pickled by an earlier version
+        self._checked = ()  # nor are its Settings those of this one
 
     def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, np.generic):  # torch.compile takes numpy's numbers for tensors
+            value = value.item()
         if name == "alpha":  # nn.Module would make a parameter or a buffer of that name, where it is one
             type(self).alpha.__set__(self, value)  # type: ignore[attr-defined]
         else:
@@ -156,11 +175,15 @@ class FastFocalLoss(nn.Module):
         return self._of_checked
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.class_alpha
         super()._apply(fn, recurse)
-        given, moved = self._given_alpha, self.class_alpha
-        if given is not None and moved is not None:
-            # From what was given: `fn` may cast, or hand back memory with nothing in it, as `to_empty` does.
-            self.class_alpha = given.to(moved.device, copy=True)
+        moved = self.class_alpha
+        if before is not None and moved is not None:
+            # From what it was: `fn` may cast, or hand back memory with nothing in it, as `to_empty` does.
+            if not before.is_meta:
+                self._given_alpha = before
+            if self._given_alpha is not None:
+                self.class_alpha = self._given_alpha.to(moved.device)
         return self
 
     def extra_repr(self) -> str:
@@ -170,8 +193,11 @@ class FastFocalLoss(nn.Module):
             if name in ("self", "num_classes") or not hasattr(self, name):
                 continue
             value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                value = torch.from_numpy(value)
             if isinstance(value, Tensor):
-                values = "without data" if value.is_meta else ", ".join(f"{v:g}" for v in value.flatten()[:4].tolist())
+                numbers = value.flatten()[:4].tolist() if is_lasting(value) else None
+                values = "without data" if numbers is None else ", ".join(f"{v:g}" for v in numbers)
                 shown.append(f"{name}=[{values}{', ...' if value.numel() > 4 else ''}]")
             elif value != parameter.default:
                 shown.append(f"{name}={value!r}")

@@ -173,7 +173,7 @@ def _pyramid_loss(
     """term(logits, dense targets), weighted, over all levels; arguments as above."""
     levels = [logits] if isinstance(logits, Tensor) else list(logits)
     target_list = [targets] if isinstance(targets, Tensor) else list(targets)
-    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
+    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index, num_classes)
     _check_levels(levels)
     _check_options(len(levels), level_weights, reduction, grad_mode)
     _check_no_grad(targets=targets, weight=weight, normalizer=normalizer, alpha=alpha)
@@ -259,7 +259,9 @@ class FastFocalLoss(nn.Module):
         self.num_classes = num_classes
         self.alpha = alpha
         self.gamma = gamma
-        self.background_index, self.ignore_index = label_conventions.resolve(labels, background_index, ignore_index)
+        self.background_index, self.ignore_index = label_conventions.resolve(
+            labels, background_index, ignore_index, num_classes
+        )
         self.level_weights = level_weights
         self.label_smoothing = label_smoothing
         self.detach_modulating_factor = detach_modulating_factor

@@ -185,7 +185,15 @@ class FocalLossDerivative(_SingleLevelFunction):
         """The gradient, times the tangents of the logits."""
         if not ctx.for_jvp:
             raise RuntimeError(NO_FORWARD_OVER_REVERSE)
+        # PyTorch calls this with forward mode off, for every level of torch.func below too: an outer jvp would find 0.
+        with forward_ad._set_fwd_grad_enabled(True):
+            return FocalLossDerivative.directional(ctx, tangents)
+
+    @staticmethod
+    def directional(ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         logits, (*options, reduction, _) = ctx.for_jvp
+        # Without the tangents of this level; not by `forward_ad`, which a compiled graph does not tell of its level.
+        logits = [torch._VF._unpack_dual(t, level=0)[0] for t in logits]  # type: ignore[attr-defined]
         dtype = accumulation_dtype(logits[0].dtype)
         if reduction == NONE:
             ones = [torch.ones_like(t) for t in logits]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import (
     Size,
     arrange,
@@ -21,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from watch import Call, Recorder
 
-from fastfocal import FastFocalLoss, focal_loss
+from fastfocal import FastFocalLoss, focal_loss, sigmoid_focal_loss
 
 SIZE = Size(2, 2, 5, ((5, 3), (3, 1)))
 
@@ -296,3 +297,25 @@ def test_alpha_for_each_class_without_data() -> None:
     inputs = leaves(levels)
     for found, expected in zip(make_fx(step)(*inputs)(*inputs), step(*inputs), strict=True):
         assert torch.equal(found, expected)
+
+
+SIZES: dict[str, Any] = {
+    "sigmoid_mean": lambda x, y: sigmoid_focal_loss(x, x.detach().sigmoid(), reduction="mean"),
+    "per_image": lambda x, y: focal_loss(x, y, normalizer="positives_per_image"),
+    "soft_mean": lambda x, y: focal_loss(x, x.detach().sigmoid(), reduction="mean"),
+    "positives": lambda x, y: focal_loss(x, y),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_batch_sizes_compile_twice_at_the_most(name: str) -> None:
+    """A size that is divided by would be compiled in as a number, for each batch anew."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    step = SIZES[name]
+    compiled = torch.compile(step, backend=counter)
+    for n in range(2, 9):
+        x = torch.randn(n, 7, 5, generator=torch.Generator().manual_seed(n))
+        y = torch.randint(0, 6, (n, 7), generator=torch.Generator().manual_seed(n))
+        assert torch.allclose(compiled(x, y), step(x, y), rtol=1e-6, atol=0)
+    assert counter.frame_count <= 2

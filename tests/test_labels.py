@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import Backend, assert_names, encode, same_bits
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastfocal
 from fastfocal import FastFocalLoss, focal_loss
@@ -237,3 +238,32 @@ def test_labels_with_background_are_not_warned_of() -> None:
 @pytest.mark.usefixtures("watching")
 def test_few_ignored_are_not_warned_of() -> None:
     assert warned([torch.where(y == 0, -1, y.clamp(max=K - 1)) for y in labels()]) == 0
+
+
+# --- labels that are no ordinary tensors ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("watching")
+def test_fake_labels_are_not_looked_at() -> None:
+    mode = FakeTensorMode()
+    loss = focal_loss([mode.from_tensor(x) for x in logits()], [mode.from_tensor(y) for y in labels()], num_classes=K)
+    assert loss.shape == ()
+
+
+def test_a_bad_label_made_within_torch_func_is_named() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return focal_loss(x, torch.full((3,), 77) + 0 * x[:, 0].long())
+
+    with pytest.raises(ValueError, match=r"label 77 at \[0\] \(level 0, image 0\)"):
+        torch.func.grad(loss)(torch.randn(3, K))
+
+
+@pytest.mark.parametrize("classes", [255, 256, 300])
+def test_segmentation_with_more_classes_than_it_has_labels(classes: int) -> None:
+    words = rf"labels: 'segmentation' ignores 255, which is a class or background with num_classes {classes}"
+    with pytest.raises(ValueError, match=words):
+        FastFocalLoss(classes, labels="segmentation")
+    with pytest.raises(ValueError, match=words):
+        focal_loss(
+            torch.zeros(1, classes, 2, 2), torch.zeros(1, 2, 2).long(), num_classes=classes, labels="segmentation"
+        )

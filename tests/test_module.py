@@ -444,3 +444,81 @@ def test_alpha_remembered_is_not_mixed_up() -> None:
         focal_loss(levels, labels, num_classes=5, alpha=alpha),
         focal_loss(levels, labels, num_classes=5, alpha=torch.tensor(alpha, dtype=torch.float64)),
     )
+
+
+def test_alpha_remembered_under_a_transform_is_an_ordinary_tensor() -> None:
+    levels, labels = problem()
+    for i, transform in enumerate((torch.func.grad, torch.func.functionalize)):
+        alpha = [0.21 + i / 10, 0.22, 0.33, 0.44, 0.55]
+
+        def loss(x: torch.Tensor, alpha: list[float] = alpha) -> torch.Tensor:
+            return focal_loss([x, levels[1]], labels, num_classes=5, alpha=alpha)
+
+        transform(loss)(levels[0])
+        torch.func.grad(lambda x, loss=loss: torch.func.vjp(loss, x)[0])(levels[0])
+        inputs = leaves(levels)
+        loss(inputs[0]).backward()
+        twin = leaves(levels)
+        tensor = torch.tensor(alpha, dtype=torch.float64)
+        focal_loss([twin[0], levels[1]], labels, num_classes=5, alpha=tensor).backward()
+        assert type(inputs[0].grad) is torch.Tensor and same_bits(inputs[0].grad, twin[0].grad)
+
+
+def test_logits_without_data_leave_a_module_as_it_is() -> None:
+    levels, labels = problem()
+    criterion = FastFocalLoss(5, alpha=ALPHA)
+    want = criterion(levels, labels)
+    criterion([x.to("meta") for x in levels], [y.to("meta") for y in labels])
+    assert same_bits(criterion(levels, labels), want)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        criterion([torch.empty(2, 10, 5, 3, device="cuda")], torch.zeros(2, 30, dtype=torch.int64, device="cuda"))
+    assert same_bits(criterion(levels, labels), want)
+
+
+def test_alpha_changed_in_place_stays_changed() -> None:
+    criterion = FastFocalLoss(5, alpha=ALPHA).half()
+    assert isinstance(criterion.alpha, torch.Tensor)
+    criterion.alpha[0] = 0.9
+    assert criterion.half().to("cpu").alpha[0] == 0.9
+    assert criterion.share_memory().alpha.is_shared()
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, "a", [0.1, 0.2], nn.Parameter(torch.tensor(ALPHA))])
+def test_an_alpha_that_is_refused_changes_nothing(wrong: Any) -> None:
+    for alpha in (0.25, ALPHA):
+        criterion = FastFocalLoss(5, alpha=alpha)
+        before = repr(criterion)
+        with pytest.raises((TypeError, ValueError), match="alpha"):
+            criterion.alpha = wrong
+        assert repr(criterion) == before
+
+
+def test_numpy_numbers_of_a_module_compile() -> None:
+    torch._dynamo.reset()
+    levels, labels = problem()
+    options = {
+        "alpha": np.float64(0.3),
+        "gamma": np.float32(1.5),
+        "label_smoothing": np.float64(0.1),
+        "loss_weight": np.float64(2),
+    }
+    criterion = FastFocalLoss(5, **options)
+    compiled = torch.compile(criterion, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(levels, labels), criterion(levels, labels))
+
+
+def test_a_module_of_an_earlier_version_is_read() -> None:
+    criterion = FastFocalLoss(5, alpha=ALPHA)
+    state = {name: value for name, value in dict(criterion.__dict__).items() if name != "_given_alpha"}
+    read = FastFocalLoss.__new__(FastFocalLoss)
+    read.__setstate__(copy.deepcopy(state))
+    levels, labels = problem()
+    assert same_bits(read.half()(levels, labels), criterion(levels, labels))
+
+
+def test_representation_of_odd_values() -> None:
+    criterion = FastFocalLoss(5, level_weights=[1.0, 2.0])
+    criterion.level_weights = np.array([1.0, 2.0])  # type: ignore[assignment]
+    assert "level_weights=[1, 2]" in repr(criterion)
+    with FakeTensorMode():
+        assert "without data" in repr(FastFocalLoss(5, alpha=ALPHA))

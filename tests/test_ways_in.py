@@ -330,6 +330,24 @@ def test_second_derivatives_never_vanish(way: str, backend: str | None) -> None:
         (torch.compile(step, backend=backend) if backend else step)(x)
 
 
+def test_forward_over_forward() -> None:
+    """The second tangent is a second derivative; the tangent of a tangent by its direction is a first one."""
+    x = torch.randn(2, 6, CLASSES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.zeros(2, 6, dtype=torch.int64)
+    ones = torch.ones_like(x)
+
+    def tangent(logits: Tensor, direction: Tensor) -> Tensor:
+        return torch.func.jvp(lambda t: focal_loss(t, labels), (logits,), (direction,))[1]  # type: ignore[no-any-return]
+
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.jvp(lambda t: tangent(t, ones), (x,), (ones,))
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.func.jacfwd(lambda t: tangent(t, ones))(x)
+    linear = torch.func.jvp(lambda direction: tangent(x, direction), (2 * ones,), (ones,))[1]
+    torch.testing.assert_close(linear, tangent(x, ones), rtol=1e-12, atol=0)  # float64: a dozen roundings
+    assert linear.abs() > 1e-3
+
+
 def test_vmap_says_what_to_do() -> None:
     x = torch.randn(4, 2, 6, CLASSES)
     labels = torch.zeros(2, 6, dtype=torch.int64)
