@@ -239,7 +239,8 @@ class NinjaBuild(build_ext):
         if cuda:
             # NDEBUG stays undefined: label errors are device-side assertions.
             flags = [*common, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Werror=all-warnings"]
-            flags += [f"-Xcompiler={flag}" for flag in renamed]
+            # Quoted: nvcc splits at commas, and the shell that it calls at spaces.
+            flags += [f'-Xcompiler="{flag}"' for flag in renamed]
             flags += ["--threads=1", *(["-lineinfo"] if cuda.lineinfo else []), *gencode(cuda.archs)]
             rules += [
                 f"nvcc = {cuda.nvcc}",

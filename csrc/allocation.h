@@ -37,11 +37,12 @@ inline std::string device_name(int32_t type, int32_t index) {
 
 [[noreturn]] inline void out_of_memory(int64_t bytes, int32_t device_type, int32_t device_index, const char* words) {
   const std::string amount = std::to_string(bytes) + " bytes.";
-  const std::string error = words != nullptr && *words != '\0' ? words
-                            : device_type == aoti_torch_device_type_cpu()
-                                ? "DefaultCPUAllocator: can't allocate memory: you tried to allocate " + amount +
-                                      " Error code 12 (Cannot allocate memory)"
-                                : "CUDA out of memory. Tried to allocate " + amount;
+  const std::string error =
+      words != nullptr && *words != '\0' ? words
+      : device_type == aoti_torch_device_type_cpu()
+          ? "DefaultCPUAllocator: can't allocate memory: you tried to allocate " + amount +
+                " Error code 12 (Cannot allocate memory)"
+          : "CUDA could not allocate " + amount + " It is out of memory, or an error before has ended its context.";
   failed_allocation() = {bytes, device_name(device_type, device_index), error};
   throw std::runtime_error(error);
 }

@@ -447,13 +447,17 @@ struct FocalLoss {
     }
     V ratio = er * reciprocal(at_least(sum, smallest_normal<V>()));  // p (1 - p) / w
     if constexpr (kSmoothing) ratio = select(vanishes, one, ratio);
-    const V bend = (V(gamma) * ratio) * at_most(ce, V(S(kLarge)));
+    const V bend = (V(gamma) * ratio) * at_most(ce, V(most_beside_gamma()));
     const V slope = power * fused_multiply_add(bend, u + u - one, v - er);
     const V loss = power * at_most_where_zero(ce, power);
     return {loss, select(left, zero - slope, slope)};
   }
 
  private:
+  // What a cross entropy is clamped to where gamma multiplies it: smoothing leaves one of any size on the target's side, and
+  // q^gamma, 0 there, must not meet an infinite product.
+  FASTFOCAL_HD S most_beside_gamma() const { return S(kLarge) / (kSmoothing ? at_least(gamma, S(1)) : S(1)); }
+
   template <class V>
   FASTFOCAL_HD static V at_most_where_zero(V ce, V power) {
     return select(power < smallest_normal<V>(), at_most(ce, V(S(kLarge))), ce);
@@ -514,7 +518,7 @@ struct FocalLoss {
     if constexpr (kSmoothing) {
       const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
       const V ce = add_logarithm(e, log, zero - minus_absolute(z) * u);
-      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(S(kLarge))), q - V(half_smoothing));
+      const V slope = power * fused_multiply_add(V(gamma) * p, at_most(ce, V(most_beside_gamma())), q - V(half_smoothing));
       return {power * at_most_where_zero(ce, power), slope};
     } else {
       const V ce = add_logarithm(e, log, at_least(z, zero));
@@ -529,11 +533,13 @@ struct FocalLoss {
 template <class S, Accuracy kAccuracy = Accuracy::kFloat>
 struct FocalLossStar {
   S gamma, beta;
-  S share;  // 1 / gamma
+  S share;  // 1 / gamma; finite, as 0 times it has to be 0
 
   FocalLossStar() = default;
   FASTFOCAL_HD explicit FocalLossStar(const Parameters& parameters)
-      : gamma(S(parameters.gamma)), beta(S(parameters.beta)), share(S(1 / parameters.gamma)) {}
+      : gamma(S(parameters.gamma)),
+        beta(S(parameters.beta)),
+        share(S(at_most(1 / parameters.gamma, sizeof(S) == sizeof(float) ? 3e38 : 1e308))) {}
 
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x) const {

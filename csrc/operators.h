@@ -342,6 +342,7 @@ struct CheckedLogits {
       levels.push_back(level_of(level, classes, l));
       FASTFOCAL_EXPECT(level.dim == first.dim && level.images() == first.images(), name, first.dim, " dimensions and ",
                        first.images(), " images as level 0 has, got shape ", level.shape());
+      FASTFOCAL_EXPECT(level.images() <= INT32_MAX, name, "less than 2^31 images, got shape ", level.shape());
       check_memory(name, level, first);
       levels.back().first_anchor = anchors;
       anchors += level.images() * levels.back().anchors;

@@ -154,6 +154,8 @@ def check_logits(
     check_floating("logits[0]", first)
     if dim not in (2, 3, 4):
         raise ValueError(f"logits[0]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(first)}")
+    if dim > 2 and shapes[0][0] >= 2**31:
+        raise ValueError(f"logits[0]: expected less than 2^31 images, got shape {shape(first)}")
     for i in range(1, len(levels)):
         t, size = levels[i], shapes[i]
         if t.dtype != dtype:

@@ -226,11 +226,14 @@ for call in "$@"; do
   work=$scratch/$call/work state=$scratch/$call/state number=0 ends=$((SECONDS + call_seconds))
   mkdir -p "$work" "$state"
   "$call"
+  echo "$number" >"$scratch/$call/steps"
 done
 failed=0
 for call in "$@"; do
   echo "== $call"
   cat "$out/$call.txt"
+  # Each step has its line, and each line says ok.
+  [ "$(grep -cE ' ok \([0-9]+ s\)$' "$out/$call.txt")" = "$(cat "$scratch/$call/steps")" ] || failed=1
   grep -qvE ' ok \([0-9]+ s\)$' "$out/$call.txt" && failed=1
 done
 for call in "$@"; do

@@ -56,7 +56,7 @@ address() {
     [ -f "tests/${others[$i]}.py" ] && others[$i]=tests/${others[$i]}.py || unset "others[$i]"
   done
   tests "${others[@]}" -k "not cuda"
-  (cd build/sanitize/address && "$python" "$root/tests/fuzz.py" --seed 1 --examples 500)
+  (cd build/sanitize/address && "$python" "$root/tests/fuzz.py" --seed 1 --examples 200)
 }
 
 thread() {

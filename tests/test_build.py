@@ -137,6 +137,17 @@ def test_pybind11_is_its_own(tmp_path: Path) -> None:
     assert '/torch/csrc/stable/library.h"' in text  # whole, then
 
 
+@needs_build_requirements
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_compiles_in_any_folder(tmp_path: Path) -> None:
+    """nvcc splits what it hands on to the host's compiler at commas, and its shell at spaces."""
+    project = tmp_path / "a project, b"
+    project.mkdir()
+    sources = ("csrc/library.cpp", "csrc/cuda/scale_gradients.cu")
+    result = build(project, *sources, FASTFOCAL_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0")
+    assert list(project.rglob("scale_gradients.cu.o")), result.stdout + result.stderr
+
+
 def fake_nvcc(folder: Path) -> Path:
     """A CUDA_HOME whose nvcc answers setup.py's questions as CUDA 13.0's does, and compiles nothing."""
     known = "75 80 86 87 88 89 90 100 110 103 120 121"

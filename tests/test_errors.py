@@ -73,6 +73,13 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], Any, tuple[object, ...]]] = {
     ),
     "mixed_ranks": (replaced(logits(), 1, rows()[1]), labels(), {}, ValueError, ("logits", "level 1", "(2, 8, 4)", 4)),
     "rank_5": ([x[None] for x in logits()], labels(), {}, ValueError, ("logits", "(1, 2, 8, 3, 5)", "(N, M, K)")),
+    "too_many_images": (
+        torch.empty(2**62, 0, K),
+        torch.empty(2**62, 0, dtype=torch.int64),
+        {},
+        ValueError,
+        ("logits", "2^31 images", 2**62),
+    ),
     "rank_1": ([x.flatten() for x in logits()], labels(), {}, ValueError, ("logits", "(240,)", "(N, M, K)")),
     "mixed_batch": (replaced(logits(), 1, logits()[1][:1]), labels(), {}, ValueError, ("logits", "level 1", 1, 2)),
     "channels_not_divisible": (

@@ -351,3 +351,20 @@ def test_small_losses_survive_large_sums(backend: Backend, layout: str) -> None:
     loss = fastfocal.focal_loss([x], labels, num_classes=CLASSES, alpha=1.0)
     assert_close(loss, expect([x], labels, num_classes=CLASSES, alpha=1.0).loss, tolerance(x.dtype, 2.0))
     assert 0 < loss.item() < 1e-24
+
+
+@pytest.mark.parametrize("gamma", [1e8, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("target", ["labels", "soft"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_are_finite_at_any_gamma_and_smoothing(
+    backend: Backend, dtype: torch.dtype, target: str, gamma: float
+) -> None:
+    """Smoothing leaves far logits a cross entropy of any size; q^gamma is 0 there, and gamma times the other is no infinity."""
+    values = [s * v for s in (1, -1) for v in (0, 1, 1e3, 1e10, 1e20, 1e30, 3e38, float("inf"))]
+    x = torch.tensor(values, dtype=dtype, device=backend.device)[:, None]
+    for y in (0, 1):
+        targets = torch.full((len(x),), 1 - y, device=backend.device) if target == "labels" else torch.full_like(x, y)
+        leaf = x.clone().requires_grad_()
+        options = {"label_smoothing": 0.1, "gamma": gamma, "normalizer": None, "num_classes": 1}
+        fastfocal.focal_loss(leaf, targets, **options).backward()  # type: ignore[call-overload]
+        assert leaf.grad is not None and leaf.grad.isfinite().all(), leaf.grad.flatten()

@@ -243,3 +243,15 @@ def test_label_smoothing_is_no_argument() -> None:
     levels, labels = small()
     with pytest.raises(TypeError, match="label_smoothing"):
         fastfocal.focal_loss_star(levels, labels, num_classes=5, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("gamma", [1e-39, 1e-45, 1e-310])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tiny_gamma_makes_no_nan(backend: Backend, dtype: torch.dtype, gamma: float) -> None:
+    """1 / gamma is beyond the dtype; a loss that is 0 stays 0."""
+    x = torch.tensor([-30.0, -1.0, 0.0, 1.0, 30.0], dtype=dtype, device=backend.device)[:, None].requires_grad_()
+    loss = fastfocal.focal_loss_star(
+        x, torch.zeros(5, dtype=torch.int64, device=x.device), gamma=gamma, beta=800.0, normalizer=None
+    )
+    loss.backward()
+    assert loss.item() == 0 and x.grad is not None and x.grad.isfinite().all()

@@ -27,6 +27,7 @@ inline std::string words_of(cudaError_t error) {
     case cudaErrorUnsupportedPtxVersion:
       return known + " at most, and cannot compile the PTX of CUDA " + version(CUDART_VERSION) +
              " that fastfocal has for this GPU; update the driver, or build fastfocal for this GPU (TORCH_CUDA_ARCH_LIST)";
+    case cudaErrorInvalidDeviceFunction:  // what questions about a kernel are answered with
     case cudaErrorNoKernelImageForDevice: {
       int device = 0, major = 0, minor = 0;
       cudaGetDevice(&device);
