@@ -537,7 +537,8 @@ struct FocalLossStar {
 
   FocalLossStar() = default;
   FASTFOCAL_HD explicit FocalLossStar(const Parameters& parameters)
-      : gamma(S(parameters.gamma)),
+      // Not 0, even where it rounds to it: kernels fill up with -inf.
+      : gamma(S(at_least(parameters.gamma, sizeof(S) == sizeof(float) ? 1.5e-45 : 5e-324))),
         beta(S(parameters.beta)),
         share(S(at_most(1 / parameters.gamma, sizeof(S) == sizeof(float) ? 3e38 : 1e308))) {}
 

@@ -172,9 +172,14 @@ def test_attributes_are_asked_once(library: Path) -> None:
             "fastfocal was not compiled for this GPU, compute capability 6.1, but for those in "
             'fastfocal.build_info()["cuda_archs"]; build it for this GPU (TORCH_CUDA_ARCH_LIST)',
         ),
+        (
+            98,  # what questions about a kernel are answered with
+            "fastfocal was not compiled for this GPU, compute capability 6.1, but for those in "
+            'fastfocal.build_info()["cuda_archs"]; build it for this GPU (TORCH_CUDA_ARCH_LIST)',
+        ),
         (1, "an error of another kind"),
     ],
-    ids=["driver_too_old", "ptx_too_new", "not_compiled_for_it", "other"],
+    ids=["driver_too_old", "ptx_too_new", "not_compiled_for_it", "no_such_kernel_on_it", "other"],
 )
 def test_what_cuda_refuses_is_one_sentence(library: Path, error: int, words: str) -> None:
     refused, fine = calls(library, (0, 1, error), (0, 1, 0))
