@@ -63,7 +63,7 @@ thread() {
   build thread -fsanitize=thread
   "$cxx" -std=c++17 -O1 -g -fPIC -shared -fsanitize=thread tests/sanitizers/threads.cpp \
     -o build/sanitize/thread/threads.so
-  export TSAN_OPTIONS=halt_on_error=1
+  export TSAN_OPTIONS=halt_on_error=1:suppressions=$root/tests/sanitizers/thread.supp
   export LD_PRELOAD="$(library libtsan.so) $root/build/sanitize/thread/threads.so"
   check
   for isa in AVX512 AVX2 default; do
