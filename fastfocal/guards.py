@@ -72,6 +72,7 @@ class Operators:
     """The operators of a namespace of torch.ops, each `with_torchs_own_error`."""
 
     def __init__(self, namespace: Any) -> None:
+        self.name: str = namespace.name
         self.label_codes = with_torchs_own_error(namespace.label_codes)
         self.focal_loss = with_torchs_own_error(namespace.focal_loss)
         self.focal_loss_ = with_torchs_own_error(namespace.focal_loss_)
