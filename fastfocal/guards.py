@@ -15,6 +15,10 @@ from torch.compiler import is_compiling
 
 from fastfocal import _C
 
+OPERATORS = (
+    "label_codes", "focal_loss", "focal_loss_", "focal_loss_backward", "scale_gradients", "scale_gradients_",
+)  # fmt: skip
+
 
 def tensors_of(args: Iterable[Any]) -> list[Tensor]:
     """Those among an operator's arguments, and in its lists."""
@@ -27,7 +31,7 @@ def tensors_of(args: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
+def on_one_device(name: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
     """A shape function that refuses tensors of several devices.
 
     One meta tensor among the arguments sends a call here, whatever the others are; what it returned would be uninitialised.
@@ -37,9 +41,7 @@ def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         devices = list(dict.fromkeys(t.device for t in tensors_of((*args, *kwargs.values()))))
         if len(devices) > 1:
-            raise RuntimeError(
-                f"{shapes.__name__}: expected all tensors on one device, got {' and '.join(map(str, devices))}"
-            )
+            raise RuntimeError(f"{name}: expected all tensors on one device, got {' and '.join(map(str, devices))}")
         return shapes(*args, **kwargs)
 
     return checked
@@ -73,9 +75,5 @@ class Operators:
 
     def __init__(self, namespace: Any) -> None:
         self.name: str = namespace.name
-        self.label_codes = with_torchs_own_error(namespace.label_codes)
-        self.focal_loss = with_torchs_own_error(namespace.focal_loss)
-        self.focal_loss_ = with_torchs_own_error(namespace.focal_loss_)
-        self.focal_loss_backward = with_torchs_own_error(namespace.focal_loss_backward)
-        self.scale_gradients = with_torchs_own_error(namespace.scale_gradients)
-        self.scale_gradients_ = with_torchs_own_error(namespace.scale_gradients_)
+        for name in OPERATORS:
+            setattr(self, name, with_torchs_own_error(getattr(namespace, name)))
