@@ -68,7 +68,7 @@ LAYOUTS = {  # what `lay_out` makes, and the pyramid
     "many_levels": ("contiguous", Size(2, 1, 3, tuple((1 + i % 4, 1 + i % 5) for i in range(19)))),  # two launches
     "several_tiles": ("contiguous", Size(1, 3, 7, ((61, 59), (3, 3)))),
     "several_tiles_last": ("channels_last", Size(1, 1, 91, ((29, 31), (3, 3)))),
-    "wide_codes": ("3d", Size(1, 1, 32769, ((1, 1),))),  # a class beyond int16
+    "32769_classes": ("3d", Size(1, 1, 32769, ((1, 1),))),  # a class beyond int16
 }
 NOT_DENSE = ("channel_slice", "width_slice", "3d_transposed")  # grad_mode "inplace" refuses these
 
