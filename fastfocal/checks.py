@@ -147,6 +147,13 @@ def at_least_0(name: str, value: object) -> float:
     return value
 
 
+def above_0(name: str, value: object) -> float:
+    value = number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    return value
+
+
 def share(name: str, value: object) -> float:
     value = number(name, value)
     if not 0 <= value <= 1:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastfocal import checks
 from fastfocal import labels as label_conventions
 from fastfocal.checks import ClassValues, Levels
+from fastfocal.distributed import MODULE_DEFAULTS, ProcessGroup
 
 Labels = Literal["torchvision", "detectron2", "mmdet", "effdet", "kuangliu", "segmentation"]
 Reduced = Literal["sum", "level", "image", "mean"]
@@ -47,6 +48,10 @@ class ModuleOptions(KeptOptions, total=False):
     """All keywords of a module that do not depend on the loss."""
 
     reduction: Reduction
+    sync_normalizer: bool
+    process_group: ProcessGroup | None
+    ema_momentum: float | None
+    ema_start: float
 
 
 class CommonOptions(KeptOptions, total=False):
@@ -136,7 +141,7 @@ INPUTS: dict[str, Any] = {
 def defaults_of(parameters: type) -> dict[str, Any]:
     """What each keyword is where it is not given; the loss's own word goes first."""
     own = {entry.name: entry.default for entry in dataclasses.fields(parameters)}
-    return {**OPTIONS, **INPUTS, **own, **getattr(parameters, "defaults", {})}
+    return {**OPTIONS, **INPUTS, **MODULE_DEFAULTS, **own, **getattr(parameters, "defaults", {})}
 
 
 def with_signature(parameters: type, keywords: type) -> Callable[[F], F]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,40 +55,67 @@ class Divisor:
     number: float = 1.0
     factor: Tensor | None = None  # of what is counted, or the divisor itself
     present: Tensor | None = None  # (N,), the classes that each image has: a factor of its anchors
+    given: bool = False  # by the caller: used as it is
 
-    def of(self, counted: Tensor) -> Tensor | None:
-        if self.present is not None:
+    def of(self, counted: Tensor | None) -> Tensor | None:
+        if self.present is not None and counted is not None:
             return (counted * self.present).sum().clamp(min=1)
-        if self.count == ops.COUNT_NOTHING:
+        if self.count == ops.COUNT_NOTHING or counted is None:
             return self.factor
         return counted if self.factor is None else counted * self.factor
+
+    def share(self, counted: Tensor | None) -> Tensor:
+        """What this rank adds to the sum over ranks, one number in memory of its own: a count, of images for each of them."""
+        if self.present is not None and counted is not None:
+            return (counted * self.present).sum()
+        share = self.factor if self.count in (ops.COUNT_NOTHING, ops.COUNT_POSITIVES_PER_IMAGE) else counted
+        assert share is not None
+        return share
+
+    def of_whole_batch(self, counted: Tensor | None, total: Tensor, ranks: int) -> Tensor:
+        """With the sum of every rank's share: what makes the mean of the ranks' gradients that of the whole batch."""
+        each = (total if self.given else total.clamp(min=1)) / ranks
+        if self.count == ops.COUNT_POSITIVES_PER_IMAGE:
+            assert counted is not None
+            return counted * each
+        return each
 
 
 @dataclass
 class Prepared:
-    """All that a call's operators take."""
+    """All that a call's operators take. The second half is there once `read_others` was called."""
 
     pyramid: Pyramid
+    options: Options  # with num_classes
     transformed: bool
-    mode: str
     given: list[Tensor]  # targets, as they came
     together: bool  # they came as one tensor
     labels: list[Tensor] | None
-    background: int
-    ignored: int
-    soft_targets: list[Tensor] | None
     scores: Tensor | None
-    anchor_weight: Tensor | None
-    positive_weight: float
-    negative_weight: float
-    class_weights: Tensor | None
     class_mask: Tensor | None
     divisor: Divisor
-    level_scales: list[float]
+
+    mode: str = field(init=False)
+    soft_targets: list[Tensor] | None = field(init=False)
+    anchor_weight: Tensor | None = field(init=False)
+    positive_weight: float = field(init=False)
+    negative_weight: float = field(init=False)
+    class_weights: Tensor | None = field(init=False)
+    level_scales: list[float] = field(init=False)
 
 
 def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
     """Raises: ValueError, TypeError, RuntimeError."""
+    prepared = read_targets(loss, options, inputs)
+    read_others(prepared, loss, inputs)
+    return prepared
+
+
+def read_targets(loss: Loss, options: Options, inputs: Inputs, synced: bool = False, running: bool = False) -> Prepared:
+    """All that the labels are packed with and counted by.
+
+    synced, running: the count is summed over ranks, or averaged over calls.
+    """
     transformed = is_transformed()
     given = as_levels("targets", inputs.targets)
     soft = any([t.is_floating_point() for t in given])
@@ -96,36 +123,35 @@ def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
     if transformed and not is_compiling() and any(map(is_mapped, (*pyramid.levels, *given))):
         raise RuntimeError(NO_VMAP)
     check_targets_of_loss(loss, soft)
-    classes, like = pyramid.num_classes, pyramid.levels[0]
-    options = options.of(classes)
-    assert options.background_index is not None
-    positive, negative, class_weights = weigh(loss, inputs.class_weight, classes, like, transformed)
+    options = options.of(pyramid.num_classes)
     class_mask = None if inputs.class_mask is None else read_class_mask(inputs.class_mask, pyramid)
-    divisor = resolve_normalizer(loss, inputs, options.reduction, pyramid, soft, class_mask)
-    scales = level_scales(options, len(pyramid.levels), divisor.number)
-    mode = resolve_mode(options.grad_mode, options.reduction, pyramid.levels)
-    anchor_weight = None if inputs.weight is None else read_per_anchor("weight", "weights", inputs.weight, pyramid)
-    scores = None if inputs.scores is None else read_scores(loss, inputs.scores, pyramid, soft)
+    divisor = resolve_normalizer(loss, inputs, options.reduction, pyramid, soft, class_mask, synced, running)
     together = isinstance(inputs.targets, Tensor)
     return Prepared(
         pyramid=pyramid,
+        options=options,
         transformed=transformed,
-        mode=mode,
         given=given,
         together=together,
         labels=None if soft else read_labels(given, together, pyramid),
-        background=options.background_index,
-        ignored=options.ignore_index,
-        soft_targets=read_soft_targets(given, pyramid.dense) if soft else None,
-        scores=scores,
-        anchor_weight=anchor_weight,
-        positive_weight=positive,
-        negative_weight=negative,
-        class_weights=class_weights,
+        scores=None if inputs.scores is None else read_scores(loss, inputs.scores, pyramid, soft),
         class_mask=class_mask,
         divisor=divisor,
-        level_scales=scales,
     )
+
+
+def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> None:
+    """The rest, for which a sum over ranks need not wait."""
+    pyramid, options = prepared.pyramid, prepared.options
+    like = pyramid.levels[0]
+    prepared.positive_weight, prepared.negative_weight, prepared.class_weights = weigh(
+        loss, inputs.class_weight, pyramid.num_classes, like, prepared.transformed
+    )
+    prepared.level_scales = level_scales(options, len(pyramid.levels), prepared.divisor.number)
+    prepared.mode = resolve_mode(options.grad_mode, options.reduction, pyramid.levels)
+    weight = inputs.weight
+    prepared.anchor_weight = None if weight is None else read_per_anchor("weight", "weights", weight, pyramid)
+    prepared.soft_targets = None if prepared.labels is not None else read_soft_targets(prepared.given, pyramid.dense)
 
 
 def is_transformed() -> bool:
@@ -443,41 +469,53 @@ def remembered_class_weights(rows: Rows, dtype: torch.dtype, device: torch.devic
 
 
 def resolve_normalizer(
-    loss: Loss, inputs: Inputs, reduction: str, pyramid: Pyramid, soft: bool, class_mask: Tensor | None
+    loss: Loss,
+    inputs: Inputs,
+    reduction: str,
+    pyramid: Pyramid,
+    soft: bool,
+    class_mask: Tensor | None,
+    synced: bool = False,
+    running: bool = False,
 ) -> Divisor:
+    """synced: this rank's part of it, which may be 0, as it is the sum over ranks that is kept from that."""
     normalizer, like = inputs.normalizer, pyramid.levels[0]
+    least = 0 if synced else 1
     if reduction == "mean":
-        return logits_that_count(pyramid, soft, class_mask)
+        return logits_that_count(pyramid, soft, class_mask, synced)
     if isinstance(normalizer, Tensor):
         normalizer = checks.as_plain("normalizer", normalizer)
     check_normalizer(loss, normalizer, like, soft, inputs.scores is not None)
     if isinstance(normalizer, str):
         if normalizer == "positives":
-            return Divisor(ops.COUNT_POSITIVES)
+            return Divisor(ops.COUNT_POSITIVES, float(least))
         if normalizer == "scores":
-            return Divisor(ops.COUNT_SCORES)
-        number, factor = size_as_divisor(max(1, pyramid.images), like)
+            return Divisor(ops.COUNT_SCORES, float(least))
+        number, factor = size_as_divisor(max(least, pyramid.images), like, synced)
         return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor)
     if isinstance(normalizer, Tensor):
         if normalizer.device != like.device and not is_compiling():  # a number on the host: nothing is copied
-            return Divisor(number=normalizer.item())
-        divisor = normalizer.detach().to(like.device, torch.float64, non_blocking=True)
-        return Divisor(factor=divisor.contiguous())
-    return Divisor(number=1.0 if normalizer is None else float(normalizer))
+            number, factor = size_as_divisor(normalizer.item(), like, synced or running)
+            return Divisor(number=number, factor=factor, given=True)
+        divisor = normalizer.detach().to(like.device, torch.float64, non_blocking=True, copy=synced)
+        return Divisor(factor=divisor.contiguous(), given=True)
+    return Divisor(number=1.0 if normalizer is None else float(normalizer), given=True)
 
 
-def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None) -> Divisor:
+def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None, synced: bool = False) -> Divisor:
     """Of "mean": those of anchors that are not ignored and of classes that are there."""
     like = pyramid.levels[0]
+    least = 0 if synced else 1
     if class_mask is None:
         if not soft:
-            return Divisor(ops.COUNT_LOGITS)
-        number, factor = size_as_divisor(max(1, sum(t.numel() for t in pyramid.levels)), like)
+            return Divisor(ops.COUNT_LOGITS, float(least))
+        size = max(least, sum(t.numel() for t in pyramid.levels))
+        number, factor = size_as_divisor(size, like, synced)
         return Divisor(number=number, factor=factor)
     present = class_mask.sum(1, dtype=torch.float64)
     if not soft:
         return Divisor(ops.COUNT_ANCHORS_PER_IMAGE, minimum=0.0, present=present)
-    return Divisor(factor=(present * sum(pyramid.anchors)).sum().clamp(min=1))
+    return Divisor(factor=(present * sum(pyramid.anchors)).sum().clamp(min=least))
 
 
 def check_normalizer(
@@ -503,9 +541,9 @@ def check_normalizer(
             raise TypeError(f"normalizer: expected a tensor of real numbers, got {normalizer.dtype}")
 
 
-def size_as_divisor(size: int, like: Tensor) -> tuple[float, Tensor | None]:
+def size_as_divisor(size: float, like: Tensor, as_tensor: bool = False) -> tuple[float, Tensor | None]:
     """A size as a number; under a compiler as a tensor, since a number in an operator's list would fix a symbolic size."""
-    if is_compiling():
+    if as_tensor or is_compiling():
         return 1.0, torch.full((), size, dtype=torch.float64, device=like.device)
     return float(size), None
 

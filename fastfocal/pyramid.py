@@ -1,4 +1,4 @@
-"""What every loss function and module calls: prepare -> pack the labels -> the operator, recorded by autograd."""
+"""What every loss function and module calls: read -> pack the labels -> the operator, recorded by autograd."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fastfocal import ops
 from fastfocal.autograd import differentiable_loss
 from fastfocal.ops import OperatorOptions
 from fastfocal.options import INPUTS, OPTIONS, Inputs, Options
-from fastfocal.prepare import REDUCTIONS, Prepared, prepare
+from fastfocal.prepare import REDUCTIONS, Prepared, read_others, read_targets
 
 if TYPE_CHECKING:
     from fastfocal.checks import Levels
+    from fastfocal.distributed import Ranks, Running
     from fastfocal.losses.loss import Loss
 
 
@@ -47,10 +48,26 @@ def sort_keywords(
     return parameters(**own), Options(**shared), Inputs(logits, targets, **of_call)
 
 
-def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[Tensor]:
-    """Everything that does not depend on the formula."""
-    prepared = prepare(loss, options, inputs)
-    packed_labels, divisor = pack(prepared)
+def pyramid_loss(
+    loss: Loss, options: Options, inputs: Inputs, ranks: Ranks | None = None, running: Running | None = None
+) -> Tensor | list[Tensor]:
+    """Everything that does not depend on the formula.
+
+    Args:
+        ranks: those whose counts are added.
+        running: the mean over calls that the normalizer is then taken from.
+    """
+    prepared = read_targets(loss, options, inputs, ranks is not None, running is not None)
+    # First of all, so that a sum over ranks is under way as early as may be.
+    packed_labels, counted = pack(prepared)
+    total = None if ranks is None else ranks.start_sum(prepared.divisor.share(counted))
+    read_others(prepared, loss, inputs)
+    if ranks is None or total is None:
+        divisor = prepared.divisor.of(counted)
+    else:
+        divisor = prepared.divisor.of_whole_batch(counted, total(), ranks.size)
+    if running is not None and divisor is not None:
+        divisor = running.next(divisor)
     operator_options = OperatorOptions(
         packed_labels=packed_labels,
         soft_targets=prepared.soft_targets,
@@ -75,18 +92,19 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
 
 
 def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
-    """The packed labels, none of soft targets, and the divisor as far as it is a tensor."""
+    """The packed labels, and what was counted on the way; neither of soft targets."""
     labels, divisor = prepared.labels, prepared.divisor
     if labels is None:
-        return None, divisor.factor
-    pyramid, background, ignored = prepared.pyramid, prepared.background, prepared.ignored
+        return None, None
+    pyramid, background, ignored = prepared.pyramid, prepared.options.background_index, prepared.options.ignore_index
+    assert background is not None
     classes = pyramid.num_classes
     if background == classes and ignored == label_conventions.DEFAULT_IGNORE_INDEX and not is_compiling():
         label_conventions.no_background.look(labels, classes)
     # Each anchor's own score, where they are summed.
     scores = prepared.scores if divisor.count == ops.COUNT_SCORES else None
     try:
-        packed, counted = ops.pack_labels(
+        return ops.pack_labels(
             labels, pyramid.dense, scores, classes, background, ignored, divisor.count, divisor.minimum
         )
     except ValueError:
@@ -96,4 +114,3 @@ def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
         if message is None:
             raise
         raise ValueError(message) from None
-    return packed, divisor.of(counted)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastfocal import checks
 from fastfocal import labels as label_conventions
+from fastfocal.distributed import MODULE_DEFAULTS, KeptNormalizer, Ranks, Running
 from fastfocal.losses import LOSSES
 from fastfocal.losses import FocalLoss as _FocalLoss
 from fastfocal.losses.focal import cross_entropy, modulating_factor
@@ -31,7 +32,9 @@ from fastfocal.pyramid import sort_keywords
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[Tensor]:
+def pyramid_loss(
+    loss: Loss, options: Options, inputs: Inputs, ranks: Ranks | None = None, running: Running | None = None
+) -> Tensor | list[Tensor]:
     """The loss of every level, added over levels.
 
     The term of level l, image n, anchor m and class k is
@@ -79,10 +82,13 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
         scores = _split_per_level("scores", inputs.scores, levels, num_classes)
 
     if options.reduction == "mean":
-        divisor: float | Tensor = _count_logits(ignored, num_classes, present).clamp(min=1)
+        divisor: float | Tensor = _count_for_rank(_count_logits(ignored, num_classes, present), ranks)
     else:
         check_normalizer(loss, inputs.normalizer, levels[0], soft, scores is not None)
-        divisor = _resolve_divisor(inputs.normalizer, None if soft else dense, scores, _num_images(levels[0]), dtype)
+        one_hots = None if soft else dense
+        divisor = _resolve_divisor(inputs.normalizer, one_hots, scores, _num_images(levels[0]), dtype, ranks)
+    if running is not None:
+        divisor = running.next(torch.as_tensor(divisor, dtype=torch.float64)).to(dtype)
 
     positive, negative = _weights(loss, inputs, num_classes, levels[0].device)
     weights = None if inputs.weight is None else _split_per_level("weight", inputs.weight, levels, num_classes)
@@ -116,20 +122,13 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
     return per_level if options.reduction == "level" else per_level.sum()
 
 
-class Module(nn.Module):
+class Module(KeptNormalizer):
     """A loss as a module: the function's arguments, given once. `grad_mode` has no effect here."""
 
     parameters_of_loss: ClassVar[type[Loss]]
 
-    def __init__(
-        self, num_classes: int, *, sync_normalizer: bool = False, ema_momentum: float | None = None, **options: Any
-    ):
+    def __init__(self, num_classes: int, **options: Any):
         super().__init__()
-        # As in fastfocal.FastFocalLoss: kept so that nothing moves when they come; to ignore them would train wrongly.
-        if sync_normalizer:
-            raise NotImplementedError(f"sync_normalizer: got {sync_normalizer}, only False is implemented")
-        if ema_momentum is not None:
-            raise NotImplementedError(f"ema_momentum: got {ema_momentum}, only None is implemented")
         known = self._defaults()
         if unknown := options.keys() - known.keys():
             raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {min(unknown)!r}")
@@ -137,6 +136,7 @@ class Module(nn.Module):
         options["background_index"], options["ignore_index"] = label_conventions.resolve(
             options.pop("labels"), options["background_index"], options["ignore_index"], num_classes
         )
+        self._keep_normalizer(options)
         for name, value in options.items():
             setattr(self, name, value)
 
@@ -155,12 +155,15 @@ class Module(nn.Module):
     ) -> Tensor | list[Tensor]:
         """`normalizer=None` is the constructor's; `others`: scores and class_mask, as the function takes them."""
         # getattr: one that was saved by an earlier version has fewer.
-        options = {n: getattr(self, n, default) for n, default in self._defaults().items() if n != "labels"}
+        kept = self._defaults().items()
+        options = {n: getattr(self, n, v) for n, v in kept if n != "labels" and n not in MODULE_DEFAULTS}
         options |= {"num_classes": self.num_classes, "weight": weight, **others}
         if normalizer is not None:
             options["normalizer"] = normalizer
         reduction = options.pop("reduction")
-        return pyramid_loss(*sort_keywords(self.parameters_of_loss, logits, targets, reduction, options))
+        options["normalizer"], ranks, running = self._kept_normalizer(logits, options["normalizer"], reduction)
+        arguments = sort_keywords(self.parameters_of_loss, logits, targets, reduction, options)
+        return pyramid_loss(*arguments, ranks, running)
 
 
 def _function_of(parameters: type[Loss], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -322,6 +325,7 @@ def _resolve_divisor(
     scores: list[Tensor] | None,
     num_images: int,
     dtype: torch.dtype,
+    ranks: Ranks | None,
 ) -> float | Tensor:
     """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `one_hot` is None for soft targets."""
     if normalizer is None:
@@ -333,14 +337,25 @@ def _resolve_divisor(
             of_positives = [
                 (score.double() * target.any(-1)).sum() for score, target in zip(scores, one_hot, strict=True)
             ]
-            return torch.stack(of_positives).sum().clamp(min=1).to(dtype)
+            return _count_for_rank(torch.stack(of_positives).sum(), ranks).to(dtype)
         positives = torch.stack([target.sum(dim=(1, 2)) for target in one_hot]).sum(dim=0)  # (N,)
         if normalizer == "positives":
-            return positives.sum().clamp(min=1)
-        return (num_images * positives.clamp(min=1)).reshape(num_images, 1, 1)
+            return _count_for_rank(positives.sum(), ranks).to(dtype)
+        images = _count_for_rank(torch.as_tensor(num_images, device=positives.device), ranks)
+        return (images * positives.clamp(min=1)).to(dtype).reshape(num_images, 1, 1)
     if isinstance(normalizer, Tensor):
+        if ranks is not None:  # this rank's count, used as it is
+            normalizer = ranks.start_sum(normalizer.double().clone())() / ranks.size
         return normalizer.to(dtype) if normalizer.ndim == 0 else normalizer.to(dtype).reshape(num_images, 1, 1)
     return normalizer
+
+
+def _count_for_rank(count: Tensor, ranks: Ranks | None) -> Tensor:
+    """max(1, count), float64; over ranks, that of all of them, in equal parts."""
+    count = count.double()
+    if ranks is None:
+        return count.clamp(min=1)
+    return ranks.start_sum(count)().clamp(min=1) / ranks.size
 
 
 def _count_logits(ignored: list[Tensor], num_classes: int, present: Tensor | None) -> Tensor:

@@ -157,30 +157,21 @@ class FastFocalLoss(Module):
         num_classes: K, the foreground classes.
         alpha, gamma, label_smoothing, detach_modulating_factor, labels, background_index, ignore_index, class_weight,
             level_weights, normalizer, reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
-        sync_normalizer: mean of the count over the ranks of the default process group; not there yet.
-        ema_momentum: running mean of the normalizer; not there yet.
+        sync_normalizer, process_group: divide by what all ranks of a process group count, so that a step of
+            DistributedDataParallel or FSDP is that of one process with the whole batch.
+        ema_momentum, ema_start: divide by a running mean of the normalizer, as detectron2 does.
+            `help(fastfocal.distributed.KeptNormalizer)` has more about these four.
 
     Raises:
         ValueError, TypeError: as :func:`fastfocal.focal_loss`; what can be checked without tensors is checked here.
-        NotImplementedError: sync_normalizer or ema_momentum is given.
+        RuntimeError: sync_normalizer without an initialised process group, in a call.
     """
 
     parameters_of_loss = FocalLoss
     alpha = PerClass(checks.alpha, "class_alpha")
 
     @with_signature(FocalLoss, FastFocalLossOptions)
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        sync_normalizer: bool = False,
-        ema_momentum: float | None = None,
-        **options: Unpack[FastFocalLossOptions],
-    ) -> None:
-        # Their places in the signature are kept, so that nothing moves when they come; to ignore them would train wrongly.
-        if sync_normalizer or ema_momentum is not None:
-            name = "sync_normalizer" if sync_normalizer else "ema_momentum"
-            raise NotImplementedError(f"{name}: is not there yet; compute the normalizer and pass it to forward()")
+    def __init__(self, num_classes: int, **options: Unpack[FastFocalLossOptions]) -> None:
         super().__init__(num_classes, **options)
 
 

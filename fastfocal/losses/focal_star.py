@@ -120,6 +120,7 @@ class FastFocalLossStar(Module):
         gamma, beta: slope and shift of the logit.
         alpha, labels, background_index, ignore_index, class_weight, level_weights, normalizer, reduction, grad_mode,
             loss_weight: as :func:`fastfocal.focal_loss` takes them.
+        sync_normalizer, process_group, ema_momentum, ema_start: as :class:`fastfocal.FastFocalLoss` takes them.
 
     Raises:
         ValueError, TypeError: as :func:`fastfocal.focal_loss_star`; what can be checked without tensors is checked here.

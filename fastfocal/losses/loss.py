@@ -12,13 +12,14 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from fastfocal import checks
 from fastfocal import labels as label_conventions
 from fastfocal.checks import ClassValues, Levels
+from fastfocal.distributed import KeptNormalizer, is_lasting
 from fastfocal.options import OPTIONS, Inputs, Normalizer, Options, defaults_of
 from fastfocal.pyramid import pyramid_loss
 
@@ -77,11 +78,6 @@ def alpha_weights(alpha: Any, num_classes: int, device: torch.device) -> tuple[W
 # --- modules ----------------------------------------------------------------------------------------------------------
 
 
-def is_lasting(t: Tensor) -> bool:
-    """Whether it is an ordinary tensor with numbers: not fake, traced, wrapped by torch.func, or without data."""
-    return type(t) is Tensor and not t.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-
-
 class PerClass:
     """An attribute of a module that may hold a number for each class.
 
@@ -111,7 +107,7 @@ class PerClass:
         module.__dict__[self.given] = values  # what the buffer was made of, while it has no data
 
 
-class Module(nn.Module):
+class Module(KeptNormalizer):
     """A loss with its options kept. `parameters_of_loss` says which."""
 
     parameters_of_loss: ClassVar[type[Loss]]
@@ -158,6 +154,7 @@ class Module(nn.Module):
             labels, options["background_index"], options["ignore_index"], self.num_classes
         )
         options["level_weights"] = checks.level_weights("level_weights", options["level_weights"])
+        self._keep_normalizer(options)
         for name, value in options.items():
             setattr(self, name, value)
         self._checked: Sequence[object] = ()
@@ -198,6 +195,9 @@ class Module(nn.Module):
             class_weight=None if weights is None else ClassValues(weights),
             class_mask=class_mask,
         )
+        if self.sync_normalizer or self._ema_momentum is not None:
+            inputs.normalizer, ranks, running = self._kept_normalizer(logits, normalizer, options.reduction)
+            return pyramid_loss(loss, options, inputs, ranks, running)
         return pyramid_loss(loss, options, inputs)
 
     def _move_to_device_of(self, logits: Levels) -> dict[str, Tensor]:
