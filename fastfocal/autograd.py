@@ -165,9 +165,7 @@ def recomputed(
         saved[:levels],
         saved[levels:],
     )
-    options = Options(
-        labels, soft_targets or None, scores, anchor_weight, class_weights, class_mask, divisor, *rest
-    )
+    options = Options(labels, soft_targets or None, scores, anchor_weight, class_weights, class_mask, divisor, *rest)
     if options.reduction != ops.NONE:
         incoming = list(grad_outputs)
     elif all(is_one_number(g) for g in grad_outputs):
