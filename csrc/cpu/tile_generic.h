@@ -51,7 +51,7 @@ struct Block {
   S negative[kMost], positive[kMost] = {};         // weights, times the scale; with labels, positive ones where target is 1
   S target[kMost] = {}, ignored[kMost] = {};       // from labels, 0 or 1
   bool any_positive = false, any_ignored = false;  // of these
-  S exponential[kMost], logarithm[kMost];          // the first steps of the formula for negatives (see kTogether)
+  S exponential[kMost], logarithm[kMost];          // the first steps of negatives (see kTogether)
 };
 
 template <class S>
