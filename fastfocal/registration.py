@@ -18,6 +18,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from fastfocal.guards import on_one_device, tensors_of
 from fastfocal.ops import (
+    COUNT_ANCHORS_PER_IMAGE,
     COUNT_NOTHING,
     COUNT_POSITIVES_PER_IMAGE,
     IMAGE,
@@ -61,7 +62,10 @@ def pack_labels(
 ) -> tuple[Tensor, Tensor]:
     anchors = sum(t.numel() // num_classes for t in logits)
     packed = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
-    shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: (images(logits[0]),)}.get(count, ())
+    per_image = (images(logits[0]),)
+    shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: per_image, COUNT_ANCHORS_PER_IMAGE: per_image}.get(
+        count, ()
+    )
     return packed, logits[0].new_empty(shape, dtype=torch.float64)
 
 
