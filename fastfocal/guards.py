@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from fastfocal import _C
 
 OPERATORS = (
-    "label_codes", "focal_loss", "focal_loss_", "focal_loss_backward", "scale_gradients", "scale_gradients_",
+    "pack_labels", "pyramid_loss", "pyramid_loss_", "pyramid_loss_backward", "scale_gradients", "scale_gradients_",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def tensors_of(args: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-def on_one_device(name: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
+def on_one_device(shapes: Callable[..., Any]) -> Callable[..., Any]:
     """A shape function that refuses tensors of several devices.
 
     One meta tensor among the arguments sends a call here, whatever the others are; what it returned would be uninitialised.
@@ -41,7 +41,9 @@ def on_one_device(name: str, shapes: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*args: Any, **kwargs: Any) -> Any:
         devices = list(dict.fromkeys(t.device for t in tensors_of((*args, *kwargs.values()))))
         if len(devices) > 1:
-            raise RuntimeError(f"{name}: expected all tensors on one device, got {' and '.join(map(str, devices))}")
+            raise RuntimeError(
+                f"{shapes.__name__}: expected all tensors on one device, got {' and '.join(map(str, devices))}"
+            )
         return shapes(*args, **kwargs)
 
     return checked

@@ -25,7 +25,9 @@ from fastfocal import guards
 # On the CPU the error that an operator words itself is torch's already.
 operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
-# LossKind, Reduction and Count in csrc/. A loss's own number is in its file.
+# LossKind, Reduction and Count in csrc/.
+FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL, QUALITY_FOCAL, MATCHABILITY_AWARE, IOU_AWARE_BCE, BCE = range(7)
+GAUSSIAN_FOCAL, ASYMMETRIC = range(7, 9)
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_SCORES, COUNT_ANCHORS_PER_IMAGE = range(
     6
@@ -55,12 +57,12 @@ class OperatorOptions:
     reduction: int
 
     def arguments(self, needs_grad: list[int]) -> tuple[Any, ...]:
-        return to_today(*[getattr(self, name) for name in OPTION_NAMES], needs_grad)  # type: ignore[call-arg]
+        return (*[getattr(self, name) for name in OPTION_NAMES], needs_grad)
 
     @staticmethod
     def named(arguments: Sequence[Any]) -> tuple[OperatorOptions, list[int]]:
         """The options, and the flag per level, of an operator's arguments."""
-        *values, needs_grad = of_today(*arguments)
+        *values, needs_grad = arguments
         return OperatorOptions(*values), needs_grad
 
     def tensors(self) -> list[Tensor | None]:
@@ -87,38 +89,6 @@ OPTION_NAMES = tuple([entry.name for entry in fields(OperatorOptions)])
 TENSOR_NAMES = ("packed_labels", "scores", "anchor_weight", "class_weights", "class_mask", "divisor")
 
 
-# --- until the compiled operators have the schema above: their names and arguments of today ----------------------------
-# REMOVED AT THE MERGE: `to_today`, `of_today`, the four names, and `scores` here and there left out for `label_codes`.
-
-
-def to_today(
-    packed: Any, soft: Any, scores: Any, anchor: Any, weights: Any, mask: Any, divisor: Any, scales: Any, positive: Any,
-    negative: Any, loss: int, parameters: list[float], classes: int, reduction: int, needs_grad: list[int],
-) -> tuple[Any, ...]:  # fmt: skip
-    if scores is not None or mask is not None:
-        raise RuntimeError("scores, class_mask: not in these operators yet")
-    gamma, second = parameters[:2]
-    smoothing, detached, beta = (second, bool(parameters[2]), 0.0) if loss == 0 else (0.0, False, second)
-    return (
-        packed, soft, anchor, weights, divisor, scales, positive, negative, gamma, smoothing, detached, loss, beta, classes,
-        reduction, needs_grad,
-    )  # fmt: skip
-
-
-def of_today(
-    packed: Any, soft: Any, anchor: Any, weights: Any, divisor: Any, scales: Any, positive: Any, negative: Any, gamma: float,
-    smoothing: float, detached: bool, loss: int, beta: float, classes: int, reduction: int, needs_grad: list[int],
-) -> tuple[Any, ...]:  # fmt: skip
-    parameters = [gamma, smoothing, float(detached)] if loss == 0 else [gamma, beta]
-    return (
-        packed, soft, None, anchor, weights, None, divisor, scales, positive, negative, loss, parameters, classes, reduction,
-        needs_grad,
-    )  # fmt: skip
-
-
-PACK, LOSS, LOSS_, BACKWARD = "label_codes", "focal_loss", "focal_loss_", "focal_loss_backward"
-
-
 # --- the calls --------------------------------------------------------------------------------------------------------
 
 
@@ -133,20 +103,19 @@ def pack_labels(
     minimum: float,
 ) -> tuple[Tensor, Tensor]:
     """Labels in the order and the form that the kernels read, and what was counted on the way, as a divisor."""
-    pack = getattr(operators, PACK)
-    return pack(labels, logits, num_classes, background, ignored, count, minimum)  # type: ignore[no-any-return]
+    return operators.pack_labels(labels, logits, scores, num_classes, background, ignored, count, minimum)  # type: ignore[no-any-return]
 
 
 def pyramid_loss(
     logits: list[Tensor], options: OperatorOptions, needs_grad: list[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Losses, and the gradient of each level whose flag is set; no gradients at all where none is."""
-    return getattr(operators, LOSS)(logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
+    return operators.pyramid_loss(logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
 
 
 def pyramid_loss_(logits: list[Tensor], losses: list[Tensor], options: OperatorOptions, needs_grad: list[int]) -> None:
     """Writes the losses, and over the logits of each level whose flag is set their gradient."""
-    getattr(operators, LOSS_)(logits, losses, *options.arguments(needs_grad))
+    operators.pyramid_loss_(logits, losses, *options.arguments(needs_grad))
 
 
 def pyramid_loss_backward(
@@ -158,7 +127,7 @@ def pyramid_loss_backward(
 ) -> list[Tensor]:
     """The gradients, of the incoming ones and the logits."""
     of = operators if namespace is None else namespace
-    return getattr(of, BACKWARD)(grad_outputs, logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
+    return of.pyramid_loss_backward(grad_outputs, logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

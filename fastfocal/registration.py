@@ -45,6 +45,7 @@ NO_VMAP = (
 def pack_labels(
     labels: list[Tensor],
     logits: list[Tensor],
+    scores: Tensor | None,
     num_classes: int,
     background: int,
     ignored: int,
@@ -85,14 +86,7 @@ def scale_gradients_(gradients: list[Tensor], grad_output: Tensor, reduction: in
     return None
 
 
-SHAPES: dict[str, Callable[..., Any]] = {
-    ops.PACK: pack_labels,
-    ops.LOSS: pyramid_loss,
-    ops.LOSS_: pyramid_loss_,
-    ops.BACKWARD: pyramid_loss_backward,
-    "scale_gradients": scale_gradients,
-    "scale_gradients_": scale_gradients_,
-}
+SHAPES = (pack_labels, pyramid_loss, pyramid_loss_, pyramid_loss_backward, scale_gradients, scale_gradients_)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -280,7 +274,7 @@ def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
         grad_mode = torch.is_grad_enabled()
         call = OperatorCall(operator, keyset, namespace, grad_mode, forward_ad._is_fwd_grad_enabled())
         tensors = tensors_of(args)
-        if name == ops.LOSS_:
+        if name == "pyramid_loss_":
             if grad_mode and any(t.requires_grad for t in tensors):
                 raise RuntimeError(
                     f"fastfocal: the operator {name} writes over tensors that require grad, and is not differentiated; "
@@ -289,7 +283,7 @@ def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
             return call(*args)
         # A Function finds out by itself whether there is anything to record, and whether tangents come along.
         with enable_single_level_autograd_function():
-            if name == ops.LOSS:
+            if name == "pyramid_loss":
                 return differentiated_loss(call, *args)
             results = NotDifferentiated.apply(call, args, *tensors)  # type: ignore[attr-defined]
         return None if name.endswith("_") else list(results)
@@ -357,14 +351,18 @@ _libraries: list[torch.library.Library] = []  # registrations last as long as th
 def register(namespace: str) -> None:
     """Registers all of this for the operators of a namespace."""
     library = torch.library.Library(namespace, "IMPL")
-    for name, shapes in SHAPES.items():
-        torch.library.register_fake(f"{namespace}::{name}", on_one_device(name, shapes))
-        if name == ops.PACK:  # integers: there is nothing to differentiate
+    for shapes in SHAPES:
+        name = shapes.__name__
+        torch.library.register_fake(f"{namespace}::{name}", on_one_device(shapes))
+        if name == "pack_labels":  # integers: there is nothing to differentiate
             library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         else:
             library.impl(name, autograd_kernel(namespace, name), "Autograd", with_keyset=True)
         operator = getattr(getattr(torch.ops, namespace), name)
-        rules = {ops.BACKWARD: entry_by_entry(backward_of_entry(operator)), "scale_gradients": entry_by_entry(operator)}
+        rules = {
+            "pyramid_loss_backward": entry_by_entry(backward_of_entry(operator)),
+            "scale_gradients": entry_by_entry(operator),
+        }
         torch.library.register_vmap(f"{namespace}::{name}", rules.get(name, refuse_vmap))
     _libraries.append(library)
 
