@@ -122,7 +122,8 @@ class Running:
             # Two products and their sum, as Python's floats have them: nothing that would fuse them.
             new = self.value.to(normalizer.device) * self.momentum + normalizer * (1 - self.momentum)
             if is_compiling() or is_lasting(new):
-                self.value.copy_(new)
+                # By a view of one element: torch 2.13 compiles a write to a 0-d float64 tensor to nothing.
+                self.value.view(1).copy_(new.view(1))
         return new
 
 

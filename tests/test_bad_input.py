@@ -164,7 +164,7 @@ def test_alphas_of_another_kind(way: str, kind: str) -> None:
 # Where these mean something.
 ALLOWED = {
     ("alpha", "none"), ("weight", "none"), ("level_weights", "none"), ("normalizer", "none"), ("background_index", "none"),
-    ("labels", "none"), ("class_weight", "none"), ("class_mask", "none"),
+    ("labels", "none"), ("class_weight", "none"), ("class_mask", "none"), ("process_group", "none"), ("ema_momentum", "none"),
 }  # fmt: skip
 NUMBERS = (
     "alpha",
@@ -175,9 +175,11 @@ NUMBERS = (
     "num_classes",
     "background_index",
     "ignore_index",
+    "ema_momentum",
+    "ema_start",
 )
 ARGUMENTS = ("logits", "targets", "weight", "class_weight", "class_mask", "labels", "level_weights", "normalizer", "reduction",
-             "grad_mode", "detach_modulating_factor", *NUMBERS)  # fmt: skip
+             "grad_mode", "detach_modulating_factor", "sync_normalizer", "process_group", *NUMBERS)  # fmt: skip
 
 
 def takes(way: str, argument: str) -> bool:
@@ -218,7 +220,8 @@ def test_arrays_for_numbers(way: str, argument: str, value: Any) -> None:
     "value", [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400)], ids=lambda v: str(v)[:6]
 )
 @pytest.mark.parametrize(
-    "argument", [name for name in ("gamma", "beta", "loss_weight", "label_smoothing", "normalizer", "level_weights")]
+    "argument",
+    ["gamma", "beta", "loss_weight", "label_smoothing", "normalizer", "level_weights", "ema_momentum", "ema_start"],
 )
 @pytest.mark.parametrize("way", WAYS)
 def test_numbers_that_are_not_finite(way: str, argument: str, value: float) -> None:
@@ -241,6 +244,8 @@ NUMPY_NUMBERS = {
     "background_index": (np.int64(K), np.int32(K)),
     "ignore_index": (np.int64(-1), np.int8(-1)),
     "normalizer": (np.float32(3), np.float64(3), np.int64(3)),
+    "ema_momentum": (np.float32(0.5), np.float64(0.5)),
+    "ema_start": (np.float32(8), np.int64(8)),
     "level_weights": ([np.float32(0.5), np.int64(1)], np.array([0.5, 1.0]), (np.float64(0.5), 1)),
 }
 
@@ -320,9 +325,8 @@ def test_numpy_numbers_of_sigmoid_focal_loss(alpha: Any, gamma: Any) -> None:
 
 def test_every_argument_is_swept() -> None:
     """A new argument has to be added above."""
-    later = {"sync_normalizer", "ema_momentum"}
     for way in WAYS:
-        assert set(inspect.signature(FUNCTIONS.get(way) or MODULES[way]).parameters) <= {*ARGUMENTS, *later}
+        assert set(inspect.signature(FUNCTIONS.get(way) or MODULES[way]).parameters) <= set(ARGUMENTS)
     assert set(inspect.signature(fastfocal.sigmoid_focal_loss).parameters) == {
         "inputs", "targets", "alpha", "gamma", "reduction",
     }  # fmt: skip

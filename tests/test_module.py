@@ -198,12 +198,6 @@ def test_float64_alpha_survives() -> None:
     torch.testing.assert_close(each, one, rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("option", [{"sync_normalizer": True}, {"ema_momentum": 0.9}], ids=str)
-def test_what_comes_later_says_so(option: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match=next(iter(option))):
-        FastFocalLoss(5, **option)
-
-
 def test_signatures() -> None:
     """Names, defaults and which arguments are by keyword alone: what callers may rely on."""
     empty = inspect.Parameter.empty
@@ -218,7 +212,8 @@ def test_signatures() -> None:
     }
     common["class_weight"] = None
     function = {"num_classes": None, **common, "weight": None, "class_mask": None, "level_weights": None, **late}
-    module = {**common, "level_weights": None, **late, "sync_normalizer": False, "ema_momentum": None}
+    kept = {"sync_normalizer": False, "process_group": None, "ema_momentum": None, "ema_start": 100.0}
+    module = {**common, "level_weights": None, **late, **kept}
     for owner in (fastfocal, fastfocal.reference):
         parameters = inspect.signature(owner.focal_loss).parameters
         assert {n: p.default for n, p in parameters.items()} == {"logits": empty, "targets": empty, **function}

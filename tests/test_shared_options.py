@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastfocal
 from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, reference
 from fastfocal.checks import ClassValues
+from fastfocal.distributed import MODULE_DEFAULTS
 from fastfocal.losses import LOSSES, Member
 from fastfocal.losses.loss import Loss
 from fastfocal.options import Inputs, Options
@@ -493,5 +494,5 @@ def test_a_shared_option_is_named_by_everyone() -> None:
         wanted = shared | own | ({"scores"} if member.parameters.takes_scores else set())
         for function in (member.function, getattr(reference, member.parameters.name)):
             assert set(inspect.signature(function).parameters) == {"logits", "targets"} | wanted
-        kept = wanted - {"weight", "class_mask", "scores"} - {"sync_normalizer", "ema_momentum"}
+        kept = wanted - {"weight", "class_mask", "scores"} | set(MODULE_DEFAULTS)
         assert set(inspect.signature(member.module).parameters) >= kept
