@@ -80,8 +80,8 @@ def floating(name: str, t: Tensor) -> None:
 def without_subclass(name: str, t: Tensor) -> Tensor:
     if hasattr(t, "device_mesh") and hasattr(t, "placements"):
         raise TypeError(
-            f"{name}: expected a local tensor, got a {type(t).__name__}; pass this rank's shard, {name}.to_local(), and a "
-            "normalizer that counts over all ranks"
+            f"{name}: expected a local tensor, got a {type(t).__name__}; pass this rank's shard, {name}.to_local(), to a "
+            "module with sync_normalizer=True"
         )
     # Those that dispatch by themselves (fake tensors of a compiler among them) do so when the operators are called.
     if type(t).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl or is_compiling():

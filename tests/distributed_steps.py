@@ -462,7 +462,7 @@ def check_evaluation_needs_no_one_else() -> None:
 
 
 def check_running_normalizer() -> None:
-    """detectron2's, of the ranks' mean count; and that of one process which starts at as many times as much as there are ranks."""
+    """detectron2's, of the ranks' mean count: that of one process which starts at as many times as much as there are ranks."""
     for compiled in (False, True):
         torch._dynamo.reset()
         criterion = FastFocalLoss(CLASSES, sync_normalizer=True, ema_momentum=0.9, ema_start=30.0)

@@ -18,6 +18,7 @@ def right(x: Tensor, xs: list[Tensor], y: Tensor, ys: list[Tensor]) -> None:
     loss: Tensor = FastFocalLoss(80, alpha=None, normalizer="positives_per_image")(xs, ys)
     loss.backward()
     FastFocalLossStar(20, beta=0.0, background_index=0)(xs, ys).backward()
+    FastFocalLoss(80, sync_normalizer=True, process_group=None, ema_momentum=0.9, ema_start=300)(xs, ys).backward()
     fastfocal.sigmoid_focal_loss(x, y, reduction="sum").backward()
 
 
@@ -34,4 +35,7 @@ def wrong(x: Tensor, xs: list[Tensor], y: Tensor) -> None:
     focal_loss_star(xs, y, label_smoothing=0.1)  # error
     FastFocalLoss(num_classes="80")  # error
     FastFocalLoss(80, reduction="batchmean")  # error
+    FastFocalLoss(80, sync_normalizer="yes")  # error
+    FastFocalLoss(80, process_group="gloo")  # error
+    focal_loss(xs, y, ema_momentum=0.9)  # error
     FastFocalLoss()  # error
