@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastfocal import checks, ops
-from fastfocal.checks import ClassValues, Levels, as_levels, shape
+from fastfocal.checks import Levels, as_levels, shape
+from fastfocal.ops import OperatorOptions
 from fastfocal.options import Inputs, Options
 from fastfocal.registration import NO_VMAP, is_mapped
 
@@ -57,10 +58,10 @@ class Divisor:
     present: Tensor | None = None  # (N,), the classes that each image has: a factor of its anchors
     given: bool = False  # by the caller: used as it is
 
-    def of(self, counted: Tensor | None) -> Tensor | None:
-        if self.present is not None and counted is not None:
+    def of(self, counted: Tensor) -> Tensor | None:
+        if self.present is not None:
             return (counted * self.present).sum().clamp(min=1)
-        if self.count == ops.COUNT_NOTHING or counted is None:
+        if self.count == ops.COUNT_NOTHING:
             return self.factor
         return counted if self.factor is None else counted * self.factor
 
@@ -81,27 +82,26 @@ class Divisor:
         return each
 
 
+POSITIVES, SCORES = Divisor(ops.COUNT_POSITIVES), Divisor(ops.COUNT_SCORES)
+UNCLAMPED_POSITIVES, UNCLAMPED_SCORES = Divisor(ops.COUNT_POSITIVES, 0.0), Divisor(ops.COUNT_SCORES, 0.0)
+
+
 @dataclass
 class Prepared:
-    """All that a call's operators take. The second half is there once `read_others` was called."""
+    """All that a call's operators take; `read_others` makes the last two, without what comes of packing the labels."""
 
     pyramid: Pyramid
-    options: Options  # with num_classes
+    known: Options  # with num_classes
     transformed: bool
+    labels: list[Tensor] | None  # None: soft targets
     given: list[Tensor]  # targets, as they came
     together: bool  # they came as one tensor
-    labels: list[Tensor] | None
     scores: Tensor | None
     class_mask: Tensor | None
     divisor: Divisor
 
     mode: str = field(init=False)
-    soft_targets: list[Tensor] | None = field(init=False)
-    anchor_weight: Tensor | None = field(init=False)
-    positive_weight: float = field(init=False)
-    negative_weight: float = field(init=False)
-    class_weights: Tensor | None = field(init=False)
-    level_scales: list[float] = field(init=False)
+    options: OperatorOptions = field(init=False)
 
 
 def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
@@ -122,18 +122,20 @@ def read_targets(loss: Loss, options: Options, inputs: Inputs, synced: bool = Fa
     pyramid = read_logits(inputs.logits, options.num_classes, soft, transformed)
     if transformed and not is_compiling() and any(map(is_mapped, (*pyramid.levels, *given))):
         raise RuntimeError(NO_VMAP)
-    check_targets_of_loss(loss, soft)
-    options = options.of(pyramid.num_classes)
+    if loss.targets != "either":
+        check_targets_of_loss(loss, soft)
+    if options.num_classes is None:
+        options = options.of(pyramid.num_classes)
     class_mask = None if inputs.class_mask is None else read_class_mask(inputs.class_mask, pyramid)
     divisor = resolve_normalizer(loss, inputs, options.reduction, pyramid, soft, class_mask, synced, running)
     together = isinstance(inputs.targets, Tensor)
     return Prepared(
         pyramid=pyramid,
-        options=options,
+        known=options,
         transformed=transformed,
+        labels=None if soft else read_labels(given, together, pyramid),
         given=given,
         together=together,
-        labels=None if soft else read_labels(given, together, pyramid),
         scores=None if inputs.scores is None else read_scores(loss, inputs.scores, pyramid, soft),
         class_mask=class_mask,
         divisor=divisor,
@@ -142,16 +144,31 @@ def read_targets(loss: Loss, options: Options, inputs: Inputs, synced: bool = Fa
 
 def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> None:
     """The rest, for which a sum over ranks need not wait."""
-    pyramid, options = prepared.pyramid, prepared.options
-    like = pyramid.levels[0]
-    prepared.positive_weight, prepared.negative_weight, prepared.class_weights = weigh(
-        loss, inputs.class_weight, pyramid.num_classes, like, prepared.transformed
+    pyramid, known = prepared.pyramid, prepared.known
+    classes, like = pyramid.num_classes, pyramid.levels[0]
+    positive, negative, class_weights = weigh(loss, inputs.class_weight, classes, like, prepared.transformed)
+    options = OperatorOptions(
+        packed_labels=None,
+        soft_targets=None,
+        scores=prepared.scores,
+        anchor_weight=None,
+        class_weights=class_weights,
+        class_mask=prepared.class_mask,
+        divisor=prepared.divisor.factor,
+        level_scales=level_scales(known, len(pyramid.levels), prepared.divisor.number),
+        positive_weight=positive,
+        negative_weight=negative,
+        loss=loss.kind,
+        loss_parameters=loss.parameters(),
+        num_classes=classes,
+        reduction=REDUCTIONS[known.reduction],
     )
-    prepared.level_scales = level_scales(options, len(pyramid.levels), prepared.divisor.number)
-    prepared.mode = resolve_mode(options.grad_mode, options.reduction, pyramid.levels)
-    weight = inputs.weight
-    prepared.anchor_weight = None if weight is None else read_per_anchor("weight", "weights", weight, pyramid)
-    prepared.soft_targets = None if prepared.labels is not None else read_soft_targets(prepared.given, pyramid.dense)
+    prepared.mode = resolve_mode(known.grad_mode, known.reduction, pyramid.levels)
+    if inputs.weight is not None:
+        options.anchor_weight = read_per_anchor("weight", "weights", inputs.weight, pyramid)
+    if prepared.labels is None:
+        options.soft_targets = read_soft_targets(prepared.given, pyramid.dense)
+    prepared.options = options
 
 
 def is_transformed() -> bool:
@@ -181,7 +198,8 @@ def read_logits(logits: Levels, num_classes: int | None, soft: bool, transformed
     checks.floating("logits[0]", first)
     if dim not in (2, 3, 4):
         raise ValueError(f"logits[0]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(first)}")
-    if dim > 2 and shapes[0][0] >= 2**31:
+    n = shapes[0][0]
+    if dim > 2 and n >= 2**31:
         raise ValueError(f"logits[0]: expected less than 2^31 images, got shape {shape(first)}")
     for i in range(1, len(levels)):
         t, size = levels[i], shapes[i]
@@ -191,8 +209,8 @@ def read_logits(logits: Levels, num_classes: int | None, soft: bool, transformed
             raise ValueError(f"logits[{i}]: expected the device of level 0, {device}, got {t.device}")
         if len(size) != dim:
             raise ValueError(f"logits[{i}]: expected {dim} dimensions as level 0 has, got shape {shape(t)}")
-        if dim > 2 and size[0] != shapes[0][0]:
-            raise ValueError(f"logits[{i}]: expected batch size {shapes[0][0]} as level 0 has, got shape {shape(t)}")
+        if dim > 2 and size[0] != n:
+            raise ValueError(f"logits[{i}]: expected batch size {n} as level 0 has, got shape {shape(t)}")
     if num_classes is None:
         if dim == 4 and not soft:
             raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
@@ -284,7 +302,8 @@ def read_soft_targets(given: list[Tensor], levels: list[Tensor]) -> list[Tensor]
             )
         if t.device != logits.device:
             raise ValueError(f"targets[{i}]: expected the logits' device, {logits.device}, got {t.device}")
-        checks.no_gradient(f"targets[{i}]", t)
+        if t.requires_grad:
+            checks.no_gradient(f"targets[{i}]", t)
     dtype = levels[0].dtype
     if not all(t.dtype == dtype for t in given):
         dtype = ops.accumulation_dtype(dtype)
@@ -310,7 +329,8 @@ def read_anchors(name: str, given: list[Tensor], together: bool, pyramid: Pyrami
     for i, t in enumerate(given):
         if t.device != device:
             raise ValueError(f"{name}[{i}]: expected the logits' device, {device}, got {t.device}")
-        checks.no_gradient(f"{name}[{i}]", t)
+        if t.requires_grad:
+            checks.no_gradient(f"{name}[{i}]", t)
     if together and len(levels) > 1:
         value, total = given[0], sum(anchors)
         expected = (total,) if dim == 2 else (n, total)
@@ -400,58 +420,42 @@ def weigh(
 ) -> tuple[float, float, Tensor | None]:
     """The weights of positives and of negatives as numbers, or for each class, (2, K) on the logits' device."""
     positive, negative = loss.weights(num_classes, like.device)
-    factors = checks.class_weight("class_weight", class_weight, num_classes)
-    if factors is None and isinstance(positive, float) and isinstance(negative, float):
+    if class_weight is not None:
+        factors = checks.class_weight("class_weight", class_weight, num_classes)
+        of_positives, of_negatives = factors.rows(like.device)
+        positive, negative = times(positive, of_positives), times(negative, of_negatives)
+    elif isinstance(positive, float) and isinstance(negative, float):
         return positive, negative, None
-    rows = class_weights(positive, negative, factors, num_classes, like.device)
     dtype = ops.accumulation_dtype(like.dtype)
-    if isinstance(rows, Tensor):
+    if isinstance(positive, Tensor) or isinstance(negative, Tensor):
+        rows = torch.stack([as_row(weight, num_classes, like.device) for weight in (positive, negative)])
         return 1.0, 1.0, rows.to(dtype)
+    numbers = tuple([(w,) * num_classes if isinstance(w, float) else w for w in (positive, negative)])
     # What is made under a mode or a transform may be no ordinary tensor (fake, traced, wrapped), and must not outlast it.
     if transformed or torch._C._len_torch_dispatch_stack() > 0:
-        return 1.0, 1.0, make_class_weights(rows, dtype, like.device)
-    return 1.0, 1.0, remembered_class_weights(rows, dtype, like.device)
+        return 1.0, 1.0, make_class_weights(numbers, dtype, like.device)
+    return 1.0, 1.0, remembered_class_weights(numbers, dtype, like.device)
 
 
-Rows = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def class_weights(
-    positive: Weight, negative: Weight, factors: ClassValues | None, num_classes: int, device: torch.device
-) -> Rows | Tensor:
-    """Both rows in float64: as numbers, or where a tensor is among them as a tensor."""
-    of_positives: Weight = 1.0
-    of_negatives: Weight = 1.0
-    if factors is not None:
-        values = factors.on(device)
-        of_positives, of_negatives = values if len(factors.shape) == 2 else (values, values)  # type: ignore[assignment]
-    return both_rows(times(positive, of_positives, device), times(negative, of_negatives, device), num_classes, device)
-
-
-def times(weight: Weight, factor: Weight, device: torch.device) -> Weight:
-    if isinstance(factor, float) and factor == 1:
-        return weight
-    if isinstance(weight, Tensor) or isinstance(factor, Tensor):
-        return as_row(weight, device) * as_row(factor, device)
+def times(weight: Weight, factors: tuple[float, ...] | Tensor) -> Weight:
     if isinstance(weight, float):
-        return tuple([weight * f for f in factor])  # type: ignore[union-attr]
-    return tuple([w * f for w, f in zip(weight, factor, strict=True)])  # type: ignore[arg-type]
+        return weight * factors if isinstance(factors, Tensor) else tuple([weight * f for f in factors])
+    if isinstance(weight, tuple) and isinstance(factors, tuple):
+        return tuple([w * f for w, f in zip(weight, factors, strict=True)])
+    device = weight.device if isinstance(weight, Tensor) else factors.device  # type: ignore[union-attr]
+    return as_row(weight, 0, device) * as_row(factors, 0, device)
 
 
-def as_row(weight: Weight, device: torch.device) -> Tensor | float:
-    return torch.tensor(weight, dtype=torch.float64, device=device) if isinstance(weight, tuple) else weight
+def as_row(weight: Weight, num_classes: int, device: torch.device) -> Tensor:
+    """(K,) in float64."""
+    if isinstance(weight, Tensor):
+        return weight
+    if isinstance(weight, float):
+        weight = (weight,) * num_classes
+    return torch.tensor(weight, dtype=torch.float64, device=device)
 
 
-def both_rows(positive: Weight, negative: Weight, num_classes: int, device: torch.device) -> Rows | Tensor:
-    if not isinstance(positive, Tensor) and not isinstance(negative, Tensor):
-        return tuple([(w,) * num_classes if isinstance(w, float) else w for w in (positive, negative)])  # type: ignore[return-value]
-    rows = [as_row(w, device) for w in (positive, negative)]
-    return torch.stack(
-        [
-            row if isinstance(row, Tensor) else torch.full((num_classes,), row, dtype=torch.float64, device=device)
-            for row in rows
-        ]
-    )
+Rows = tuple[tuple[float, ...], ...]
 
 
 def make_class_weights(rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -488,9 +492,9 @@ def resolve_normalizer(
     check_normalizer(loss, normalizer, like, soft, inputs.scores is not None)
     if isinstance(normalizer, str):
         if normalizer == "positives":
-            return Divisor(ops.COUNT_POSITIVES, float(least))
+            return UNCLAMPED_POSITIVES if synced else POSITIVES
         if normalizer == "scores":
-            return Divisor(ops.COUNT_SCORES, float(least))
+            return UNCLAMPED_SCORES if synced else SCORES
         number, factor = size_as_divisor(max(least, pyramid.images), like, synced)
         return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor)
     if isinstance(normalizer, Tensor):

@@ -10,9 +10,8 @@ from torch.compiler import is_compiling
 from fastfocal import labels as label_conventions
 from fastfocal import ops
 from fastfocal.autograd import differentiable_loss
-from fastfocal.ops import OperatorOptions
 from fastfocal.options import INPUTS, OPTIONS, Inputs, Options
-from fastfocal.prepare import REDUCTIONS, Prepared, read_others, read_targets
+from fastfocal.prepare import Prepared, read_others, read_targets
 
 if TYPE_CHECKING:
     from fastfocal.checks import Levels
@@ -32,6 +31,7 @@ def sort_keywords(
     parameters: type[Loss], logits: Levels, targets: Levels, reduction: str, keywords: dict[str, Any]
 ) -> tuple[Loss, Options, Inputs]:
     """Raises: TypeError for a keyword that is none; and what each of the three has to say."""
+    own_names = [entry[0] for entry in parameters.checked_fields]
     own: dict[str, Any] = {}
     shared: dict[str, Any] = {"reduction": reduction}
     of_call: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def sort_keywords(
             shared[name] = value
         elif name in INPUTS:
             of_call[name] = value
-        elif name in parameters.__dataclass_fields__:
+        elif name in own_names:
             own[name] = value
         else:
             raise TypeError(f"{parameters.name}() got an unexpected keyword argument {name!r}")
@@ -58,32 +58,21 @@ def pyramid_loss(
         running: the mean over calls that the normalizer is then taken from.
     """
     prepared = read_targets(loss, options, inputs, ranks is not None, running is not None)
+    packed_labels = counted = total = None
     # First of all, so that a sum over ranks is under way as early as may be.
-    packed_labels, counted = pack(prepared)
-    total = None if ranks is None else ranks.start_sum(prepared.divisor.share(counted))
+    if prepared.labels is not None:
+        packed_labels, counted = pack(prepared, prepared.labels)
+    if ranks is not None:
+        total = ranks.start_sum(prepared.divisor.share(counted))
     read_others(prepared, loss, inputs)
-    if ranks is None or total is None:
-        divisor = prepared.divisor.of(counted)
-    else:
-        divisor = prepared.divisor.of_whole_batch(counted, total(), ranks.size)
-    if running is not None and divisor is not None:
-        divisor = running.next(divisor)
-    operator_options = OperatorOptions(
-        packed_labels=packed_labels,
-        soft_targets=prepared.soft_targets,
-        scores=prepared.scores,
-        anchor_weight=prepared.anchor_weight,
-        class_weights=prepared.class_weights,
-        class_mask=prepared.class_mask,
-        divisor=divisor,
-        level_scales=prepared.level_scales,
-        positive_weight=prepared.positive_weight,
-        negative_weight=prepared.negative_weight,
-        loss=loss.kind,
-        loss_parameters=loss.parameters(),
-        num_classes=prepared.pyramid.num_classes,
-        reduction=REDUCTIONS[options.reduction],
-    )
+    operator_options = prepared.options
+    operator_options.packed_labels = packed_labels
+    if ranks is not None and total is not None:
+        operator_options.divisor = prepared.divisor.of_whole_batch(counted, total(), ranks.size)
+    elif counted is not None:
+        operator_options.divisor = prepared.divisor.of(counted)
+    if running is not None and operator_options.divisor is not None:
+        operator_options.divisor = running.next(operator_options.divisor)
     pyramid = prepared.pyramid
     losses = differentiable_loss(prepared.mode, operator_options, pyramid.levels, pyramid.dense, prepared.transformed)
     if options.reduction == "none" and not isinstance(inputs.logits, Tensor):
@@ -91,14 +80,11 @@ def pyramid_loss(
     return losses[0]
 
 
-def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
-    """The packed labels, and what was counted on the way; neither of soft targets."""
-    labels, divisor = prepared.labels, prepared.divisor
-    if labels is None:
-        return None, None
-    pyramid, background, ignored = prepared.pyramid, prepared.options.background_index, prepared.options.ignore_index
+def pack(prepared: Prepared, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The packed labels, and what was counted on the way."""
+    divisor, pyramid, known = prepared.divisor, prepared.pyramid, prepared.known
+    background, ignored, classes = known.background_index, known.ignore_index, pyramid.num_classes
     assert background is not None
-    classes = pyramid.num_classes
     if background == classes and ignored == label_conventions.DEFAULT_IGNORE_INDEX and not is_compiling():
         label_conventions.no_background.look(labels, classes)
     # Each anchor's own score, where they are summed.
