@@ -264,7 +264,7 @@ class KeptNormalizer(nn.Module):
     def ema_momentum(self, momentum: float | None) -> None:
         self.__dict__["_ema_momentum"] = None if momentum is None else checks.share("ema_momentum", momentum)
         if momentum is None:
-            self.register_buffer(EMA, None)
+            self._buffers.pop(EMA, None)
         elif self._buffers.get(EMA) is None:
             self.register_buffer(EMA, self._first_ema_normalizer(torch.device("cpu")))
 
@@ -278,7 +278,6 @@ class KeptNormalizer(nn.Module):
         self.__dict__.setdefault("ema_start", MODULE_DEFAULTS["ema_start"])
         self.__dict__.setdefault("_process_group", SharedGroup(None))
         self.__dict__.setdefault("_ema_momentum", None)
-        self._buffers.setdefault(EMA, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was = self._buffers.get(EMA)

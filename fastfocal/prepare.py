@@ -142,7 +142,7 @@ def read_targets(loss: Loss, options: Options, inputs: Inputs, synced: bool = Fa
     )
 
 
-def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> None:
+def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> OperatorOptions:
     """The rest, for which a sum over ranks need not wait."""
     pyramid, known = prepared.pyramid, prepared.known
     classes, like = pyramid.num_classes, pyramid.levels[0]
@@ -169,6 +169,7 @@ def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> None:
     if prepared.labels is None:
         options.soft_targets = read_soft_targets(prepared.given, pyramid.dense)
     prepared.options = options
+    return options
 
 
 def is_transformed() -> bool:
@@ -484,7 +485,6 @@ def resolve_normalizer(
 ) -> Divisor:
     """synced: this rank's part of it, which may be 0, as it is the sum over ranks that is kept from that."""
     normalizer, like = inputs.normalizer, pyramid.levels[0]
-    least = 0 if synced else 1
     if reduction == "mean":
         return logits_that_count(pyramid, soft, class_mask, synced)
     if isinstance(normalizer, Tensor):
@@ -495,7 +495,7 @@ def resolve_normalizer(
             return UNCLAMPED_POSITIVES if synced else POSITIVES
         if normalizer == "scores":
             return UNCLAMPED_SCORES if synced else SCORES
-        number, factor = size_as_divisor(max(least, pyramid.images), like, synced)
+        number, factor = size_as_divisor(max(0 if synced else 1, pyramid.images), like, synced)
         return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor)
     if isinstance(normalizer, Tensor):
         if normalizer.device != like.device and not is_compiling():  # a number on the host: nothing is copied

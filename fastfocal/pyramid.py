@@ -58,19 +58,17 @@ def pyramid_loss(
         running: the mean over calls that the normalizer is then taken from.
     """
     prepared = read_targets(loss, options, inputs, ranks is not None, running is not None)
-    packed_labels = counted = total = None
+    divisor, packed_labels, counted = prepared.divisor, None, None
     # First of all, so that a sum over ranks is under way as early as may be.
     if prepared.labels is not None:
         packed_labels, counted = pack(prepared, prepared.labels)
-    if ranks is not None:
-        total = ranks.start_sum(prepared.divisor.share(counted))
-    read_others(prepared, loss, inputs)
-    operator_options = prepared.options
+    total = None if ranks is None else ranks.start_sum(divisor.share(counted))
+    operator_options = read_others(prepared, loss, inputs)
     operator_options.packed_labels = packed_labels
     if ranks is not None and total is not None:
-        operator_options.divisor = prepared.divisor.of_whole_batch(counted, total(), ranks.size)
+        operator_options.divisor = divisor.of_whole_batch(counted, total(), ranks.size)
     elif counted is not None:
-        operator_options.divisor = prepared.divisor.of(counted)
+        operator_options.divisor = divisor.of(counted)
     if running is not None and operator_options.divisor is not None:
         operator_options.divisor = running.next(operator_options.divisor)
     pyramid = prepared.pyramid
