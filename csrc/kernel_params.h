@@ -30,9 +30,12 @@ struct KernelParams {
   bool wide_labels;
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
+  const void* scores;         // as the packed labels, of positives; null: 1
   const void* anchor_weight;  // as the packed labels; null: 1
   const void* class_weights;  // [2][K], of positives and of negatives; null: the two numbers below
   double positive_weight, negative_weight;
+  const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored; null: nowhere
+  int64_t mask_image_stride, mask_class_stride;
   LossParams loss;
 
   const double* divisor;  // 1 or N of them; null: 1
@@ -119,10 +122,21 @@ FASTFOCAL_HD int packed_label_at(const KernelParams& params, int64_t anchor) {
                             : int(static_cast<const int16_t*>(params.packed_labels)[anchor]);
 }
 
-// Two class weights, nothing per anchor or per element.
+// An anchor's score, read where it is positive.
+template <class S>
+FASTFOCAL_HD S score_of(const KernelParams& params, int64_t anchor) {
+  return params.scores == nullptr ? S(1) : static_cast<const S*>(params.scores)[anchor];
+}
+
+// The mask of an image's classes, or null.
+FASTFOCAL_HD const uint8_t* class_mask_of(const KernelParams& params, int64_t image) {
+  return params.class_mask == nullptr ? nullptr : params.class_mask + image * params.mask_image_stride;
+}
+
+// Two class weights, nothing per anchor, per element or per image and class.
 FASTFOCAL_HD bool has_constant_weights(const KernelParams& params) {
-  return params.anchor_weight == nullptr && params.class_weights == nullptr && !params.incoming_elements &&
-         params.output != Output::kElementLoss;
+  return params.anchor_weight == nullptr && params.class_weights == nullptr && params.class_mask == nullptr &&
+         !params.incoming_elements && params.output != Output::kElementLoss;
 }
 
 // The common case has fast kernels: labels, constant weights, and a loss that has one.
@@ -144,10 +158,14 @@ struct PackLabelsParams {
   int64_t chunks;
   void* packed_labels;
   int64_t* counts;  // [image][2]: positives, ignored; added to
+  bool wide_scores;
+  const void* scores;  // double when wide_scores, else float; as the packed labels
+  double* score_sums;  // [chunks], of positives; null: not wanted
   LabelLevel level[kMaxLevels];
 };
 
 struct Chunk {
+  int64_t index;
   int32_t level;
   int64_t image, begin, end;  // anchors of the image, in the labels' order
 };
@@ -156,11 +174,21 @@ FASTFOCAL_HD Chunk chunk_at(const PackLabelsParams& params, int64_t index) {
   const Piece piece = piece_at(params.count, [&](int l) { return params.level[l].chunks; }, index);
   const int64_t begin = piece.index * kChunkAnchors, end = begin + kChunkAnchors;
   const int64_t anchors = params.level[piece.level].anchors;
-  return {piece.level, piece.image, begin, end < anchors ? end : anchors};
+  return {index, piece.level, piece.image, begin, end < anchors ? end : anchors};
 }
 
 // What pack_labels counts; the operator's `count` argument.
-enum class Count : int64_t { kNothing = 0, kPositives = 1, kPositivesPerImage = 2, kLogits = 3 };
+enum class Count : int64_t {
+  kNothing = 0,
+  kPositives = 1,
+  kPositivesPerImage = 2,
+  kLogits = 3,          // of anchors not ignored
+  kScores = 4,          // their sum, of positives
+  kAnchorsPerImage = 5  // not ignored
+};
+FASTFOCAL_HD bool is_per_image(Count count) {
+  return count == Count::kPositivesPerImage || count == Count::kAnchorsPerImage;
+}
 
 struct CountParams {
   const int64_t* counts;  // [image][2]
@@ -169,19 +197,25 @@ struct CountParams {
   int64_t anchors;  // of all levels and images
   Count count;
   double minimum;
+  const double* score_sums;  // of all chunks
+  int64_t chunks;
 };
 
-// The i-th divisor: max(minimum, the count).
+// A count that is no number stays so.
+FASTFOCAL_HD double at_least(double minimum, double count) { return count <= minimum ? minimum : count; }
+
+// The i-th divisor, max(minimum, the count), of anything but scores.
 FASTFOCAL_HD double divisor_of(const CountParams& params, int64_t i) {
-  const bool per_image = params.count == Count::kPositivesPerImage;
+  const bool per_image = is_per_image(params.count);
   int64_t positives = 0, ignored = 0;
   for (int64_t n = per_image ? i : 0; n < (per_image ? i + 1 : params.images); ++n) {
     positives += params.counts[2 * n];
     ignored += params.counts[2 * n + 1];
   }
-  const double count =
-      params.count == Count::kLogits ? double(params.anchors - ignored) * double(params.classes) : double(positives);
-  return count > params.minimum ? count : params.minimum;
+  const double count = params.count == Count::kLogits            ? double(params.anchors - ignored) * double(params.classes)
+                       : params.count == Count::kAnchorsPerImage ? double(params.anchors / params.images - ignored)
+                                                                 : double(positives);
+  return at_least(params.minimum, count);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
