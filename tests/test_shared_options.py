@@ -129,7 +129,7 @@ def test_class_weight(backend: Backend, member: Member, given: str, layout: str,
 @members
 def test_class_weight_of_soft_targets(backend: Backend, member: Member, given: str) -> None:
     levels, _ = problem()
-    soft = [x.sigmoid().roll(1, -1) for x in levels]
+    soft = [x.sigmoid().roll(1, 1) for x in levels]
     levels, soft = move(levels, backend.device), move(soft, backend.device)
     weight = move(CLASS_WEIGHTS[given], backend.device)
     compare(member, levels, soft, 1e-12, num_classes=K, class_weight=weight, normalizer=3.0)
@@ -268,7 +268,7 @@ def test_absent_classes_leave_no_trace(backend: Backend, member: Member, bad: fl
 @members
 def test_class_mask_of_soft_targets(backend: Backend, member: Member) -> None:
     levels, _ = problem()
-    soft = [x.sigmoid().roll(1, -1) for x in levels]
+    soft = [x.sigmoid().roll(1, 1) for x in levels]
     for options in ({"normalizer": 3.0}, {"reduction": "mean"}):
         given = move(levels, backend.device), move(soft, backend.device)
         compare(member, *given, 1e-12, num_classes=K, class_mask=move(MASK, backend.device), **options)
@@ -364,7 +364,7 @@ def test_scores_mean_targets_of_positives(form: str) -> None:
 
 def test_soft_targets_of_a_scored_loss_are_scores() -> None:
     levels, _ = problem()
-    soft = [torch.where(x > 1, x.sigmoid().roll(1, -1), 0.0) for x in levels]
+    soft = [torch.where(x > 1, x.sigmoid().roll(1, 1), 0.0) for x in levels]
     got = reference.pyramid_loss(
         Scored(), Options(num_classes=K, reduction="none"), Inputs(levels, soft, normalizer=None)
     )
