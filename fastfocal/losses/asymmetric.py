@@ -8,36 +8,33 @@ Ridnik, Ben-Baruch, Zamir, Noy, Friedman, Protter, Zelnik-Manor: *Asymmetric Los
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor, share_of
 from fastfocal.losses.loss import Loss, Module
-from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, with_signature
+from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+def share_or_none(name: str, value: object) -> float | None:
+    return None if value is None else checks.share(name, value)
+
+
+@checked
 class AsymmetricLoss(Loss):
-    kind = 8
+    kind = ops.ASYMMETRIC
     name = "asymmetric_loss"
     defaults = {"normalizer": None}  # noqa: RUF012  soft targets, which have no positives to count
 
-    gamma_pos: float = 1.0
-    gamma_neg: float = 4.0
-    clip: float | None = 0.05
-    detach_modulating_factor: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma_pos", checks.at_least_0("gamma_pos", self.gamma_pos))
-        object.__setattr__(self, "gamma_neg", checks.at_least_0("gamma_neg", self.gamma_neg))
-        object.__setattr__(self, "clip", 0.0 if self.clip is None else checks.share("clip", self.clip))
-        checks.flag("detach_modulating_factor", self.detach_modulating_factor)
+    gamma_pos: float = option(1.0, checks.at_least_0)
+    gamma_neg: float = option(4.0, checks.at_least_0)
+    clip: float | None = option(0.05, share_or_none)
+    detach_modulating_factor: bool = option(False, checks.flag)
 
     def parameters(self) -> list[float]:
         return [self.gamma_pos, self.gamma_neg, self.clip or 0.0, float(self.detach_modulating_factor)]

@@ -7,23 +7,22 @@ Formula and derivative in C++: csrc/losses/bce.h.
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import pyramid
+from fastfocal import ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy
 from fastfocal.losses.loss import Loss, ScoredModule
-from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, with_signature
+from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+@checked
 class BCELoss(Loss):
-    kind = 6
+    kind = ops.BCE
     name = "bce_loss"
     takes_scores = True
 

@@ -9,37 +9,36 @@ C++: csrc/losses/gaussian_focal.h.
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor, share_of
 from fastfocal.losses.loss import Loss, Module
-from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, with_signature
+from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+def below_half(name: str, value: object) -> float:
+    value = checks.number(name, value)
+    if not 0 <= value < 0.5:
+        raise ValueError(f"{name}: expected a number >= 0 and < 0.5, got {value}")
+    return value
+
+
+@checked
 class GaussianFocalLoss(Loss):
-    kind = 7
+    kind = ops.GAUSSIAN_FOCAL
     name = "gaussian_focal_loss"
     targets = "soft"
     positive_target = 1.0
 
-    alpha: float = 2.0
-    gamma: float = 4.0
-    eps: float = 0.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", checks.at_least_0("alpha", self.alpha))
-        object.__setattr__(self, "gamma", checks.at_least_0("gamma", self.gamma))
-        object.__setattr__(self, "eps", checks.number("eps", self.eps))
-        if not 0 <= self.eps < 0.5:
-            raise ValueError(f"eps: expected a number >= 0 and < 0.5, got {self.eps}")
+    alpha: float = option(2.0, checks.at_least_0)
+    gamma: float = option(4.0, checks.at_least_0)
+    eps: float = option(0.0, below_half)
 
     def parameters(self) -> list[float]:
         return [self.alpha, self.gamma, self.eps]

@@ -8,32 +8,27 @@ csrc/losses/iou_aware_bce.h.
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss, ScoredModule
-from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, with_signature
+from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+@checked
 class IoUAwareBCELoss(Loss):
-    kind = 5
+    kind = ops.IOU_AWARE_BCE
     name = "iou_aware_bce_loss"
     takes_scores = True
 
-    alpha: float = 0.25
-    gamma: float = 2.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", checks.share("alpha", self.alpha))
-        object.__setattr__(self, "gamma", checks.at_least_0("gamma", self.gamma))
+    alpha: float = option(0.25, checks.share)
+    gamma: float = option(2.0, checks.at_least_0)
 
     def parameters(self) -> list[float]:
         return [self.alpha, self.gamma]

@@ -8,33 +8,31 @@ derivative in C++: csrc/losses/matchability_aware.h.
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss, ScoredModule, Weight
-from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, with_signature
+from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+def at_least_0_or_none(name: str, value: object) -> float | None:
+    return None if value is None else checks.at_least_0(name, value)
+
+
+@checked
 class MatchabilityAwareLoss(Loss):
-    kind = 4
+    kind = ops.MATCHABILITY_AWARE
     name = "matchability_aware_loss"
     takes_scores = True
 
-    gamma: float = 1.5
-    alpha: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "gamma", checks.at_least_0("gamma", self.gamma))
-        if self.alpha is not None:
-            object.__setattr__(self, "alpha", checks.at_least_0("alpha", self.alpha))
+    gamma: float = option(1.5, checks.at_least_0)
+    alpha: float | None = option(None, at_least_0_or_none)
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         return 1.0, 1.0 if self.alpha is None else self.alpha

@@ -8,32 +8,27 @@ and derivative in C++: csrc/losses/quality_focal.h.
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss, ScoredModule
-from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, with_signature
+from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+@checked
 class QualityFocalLoss(Loss):
-    kind = 3
+    kind = ops.QUALITY_FOCAL
     name = "quality_focal_loss"
     takes_scores = True
 
-    beta: float = 2.0
-    activated: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "beta", checks.at_least_0("beta", self.beta))
-        checks.flag("activated", self.activated)
+    beta: float = option(2.0, checks.at_least_0)
+    activated: bool = option(False, checks.flag)
 
     def parameters(self) -> list[float]:
         return [self.beta, float(self.activated)]

@@ -8,36 +8,29 @@ Formula and derivative in C++: csrc/losses/varifocal.h.
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor, share_of
 from fastfocal.losses.loss import Loss, ScoredModule, Weight
-from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, with_signature
+from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+@checked
 class VarifocalLoss(Loss):
-    kind = 2
+    kind = ops.VARIFOCAL
     name = "varifocal_loss"
     takes_scores = True
 
-    alpha: float = 0.75
-    gamma: float = 2.0
-    iou_weighted: bool = True
-    detach_modulating_factor: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", checks.at_least_0("alpha", self.alpha))
-        object.__setattr__(self, "gamma", checks.at_least_0("gamma", self.gamma))
-        checks.flag("iou_weighted", self.iou_weighted)
-        checks.flag("detach_modulating_factor", self.detach_modulating_factor)
+    alpha: float = option(0.75, checks.at_least_0)
+    gamma: float = option(2.0, checks.at_least_0)
+    iou_weighted: bool = option(True, checks.flag)
+    detach_modulating_factor: bool = option(False, checks.flag)
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         return 1.0, self.alpha
