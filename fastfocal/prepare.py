@@ -57,6 +57,7 @@ class Divisor:
     factor: Tensor | None = None  # of what is counted, or the divisor itself
     present: Tensor | None = None  # (N,), the classes that each image has: a factor of its anchors
     given: bool = False  # by the caller: used as it is
+    counted: Tensor | None = None  # of soft targets; labels are counted where they are packed
 
     def of(self, counted: Tensor) -> Tensor | None:
         if self.present is not None:
@@ -491,12 +492,20 @@ def resolve_normalizer(
         normalizer = checks.as_plain("normalizer", normalizer)
     check_normalizer(loss, normalizer, like, soft, inputs.scores is not None)
     if isinstance(normalizer, str):
+        counted = None
+        if soft:
+            assert loss.positive_target is not None
+            per_image = normalizer == "positives_per_image"
+            counted = count_positives(loss.positive_target, inputs.targets, like, per_image)
+            counted = counted.clamp(min=0 if synced and not per_image else 1)
+            if not per_image:
+                return Divisor(ops.COUNT_POSITIVES, counted=counted)
         if normalizer == "positives":
             return UNCLAMPED_POSITIVES if synced else POSITIVES
         if normalizer == "scores":
             return UNCLAMPED_SCORES if synced else SCORES
         number, factor = size_as_divisor(max(0 if synced else 1, pyramid.images), like, synced)
-        return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor)
+        return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor, counted=counted)
     if isinstance(normalizer, Tensor):
         if normalizer.device != like.device and not is_compiling():  # a number on the host: nothing is copied
             number, factor = size_as_divisor(normalizer.item(), like, synced or running)
@@ -504,6 +513,14 @@ def resolve_normalizer(
         divisor = normalizer.detach().to(like.device, torch.float64, non_blocking=True, copy=synced)
         return Divisor(factor=divisor.contiguous(), given=True)
     return Divisor(number=1.0 if normalizer is None else float(normalizer), given=True)
+
+
+def count_positives(positive: float, targets: Levels, like: Tensor, per_image: bool) -> Tensor:
+    """How many soft targets are a positive's, float64: in all, or (N,)."""
+    found = [t == positive for t in as_levels("targets", targets)]
+    if not per_image or like.dim() == 2:
+        return torch.stack([t.sum(dtype=torch.float64) for t in found]).sum()
+    return torch.stack([t.flatten(1).sum(1, dtype=torch.float64) for t in found]).sum(0)
 
 
 def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None, synced: bool = False) -> Divisor:
@@ -527,7 +544,7 @@ def check_normalizer(
 ) -> None:
     checks.normalizer("normalizer", normalizer, loss.takes_scores)
     if isinstance(normalizer, str):
-        if soft:
+        if soft and (loss.positive_target is None or normalizer == "scores"):
             raise ValueError(
                 f"normalizer: {normalizer!r} counts labels, but the targets are soft; expected a number, a tensor or None "
                 "(for one, normalizer=soft_targets.sum())"

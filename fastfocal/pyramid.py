@@ -58,7 +58,7 @@ def pyramid_loss(
         running: the mean over calls that the normalizer is then taken from.
     """
     prepared = read_targets(loss, options, inputs, ranks is not None, running is not None)
-    divisor, packed_labels, counted = prepared.divisor, None, None
+    divisor, packed_labels, counted = prepared.divisor, None, prepared.divisor.counted
     # First of all, so that a sum over ranks is under way as early as may be.
     if prepared.labels is not None:
         packed_labels, counted = pack(prepared, prepared.labels)

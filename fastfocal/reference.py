@@ -85,8 +85,10 @@ def pyramid_loss(
         divisor: float | Tensor = _count_for_rank(_count_logits(ignored, num_classes, present), ranks)
     else:
         check_normalizer(loss, inputs.normalizer, levels[0], soft, scores is not None)
-        one_hots = None if soft else dense
-        divisor = _resolve_divisor(inputs.normalizer, one_hots, scores, _num_images(levels[0]), dtype, ranks)
+        positives = dense
+        if soft:  # the check has let no string through where nothing counts
+            positives = [] if loss.positive_target is None else [torch.eq(t, loss.positive_target) for t in dense]
+        divisor = _resolve_divisor(inputs.normalizer, positives, scores, _num_images(levels[0]), dtype, ranks)
     if running is not None:
         divisor = running.next(torch.as_tensor(divisor, dtype=torch.float64)).to(dtype)
 
@@ -321,24 +323,23 @@ def _split_soft_targets(targets: list[Tensor], levels: list[Tensor]) -> list[Ten
 
 def _resolve_divisor(
     normalizer: str | float | Tensor | None,
-    one_hot: list[Tensor] | None,
+    positive: list[Tensor],
     scores: list[Tensor] | None,
     num_images: int,
     dtype: torch.dtype,
     ranks: Ranks | None,
 ) -> float | Tensor:
-    """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `one_hot` is None for soft targets."""
+    """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `positive`: of each level, (N, M, K)."""
     if normalizer is None:
         return 1.0
     if isinstance(normalizer, str):
-        assert one_hot is not None
         if normalizer == "scores":
             assert scores is not None
             of_positives = [
-                (score.double() * target.any(-1)).sum() for score, target in zip(scores, one_hot, strict=True)
+                (score.double() * target.any(-1)).sum() for score, target in zip(scores, positive, strict=True)
             ]
             return _count_for_rank(torch.stack(of_positives).sum(), ranks).to(dtype)
-        positives = torch.stack([target.sum(dim=(1, 2)) for target in one_hot]).sum(dim=0)  # (N,)
+        positives = torch.stack([target.sum(dim=(1, 2)) for target in positive]).sum(dim=0)  # (N,)
         if normalizer == "positives":
             return _count_for_rank(positives.sum(), ranks).to(dtype)
         images = _count_for_rank(torch.as_tensor(num_images, device=positives.device), ranks)

@@ -34,6 +34,7 @@ class Loss(Checked):
     defaults: ClassVar[Mapping[str, Any]] = {}
     takes_scores: ClassVar[bool] = False  # a positive's target is its anchor's score
     targets: ClassVar[Literal["either", "labels", "soft"]] = "either"
+    positive_target: ClassVar[float | None] = None  # what a soft target is where normalizers count a positive
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         """Of positives and of negatives; numbers for each class are checked here, and tensors come on the device."""
