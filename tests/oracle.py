@@ -101,6 +101,41 @@ def element_gradient(
     return gradient, magnitude
 
 
+def element_second_derivative(
+    x: Array,
+    y: Array,
+    *,
+    alpha: Array | float | None = 0.25,
+    gamma: float = 2.0,
+    label_smoothing: float = 0.0,
+    detached: bool = False,
+) -> tuple[Array, Array]:
+    """d2FL/dx2 by the product rule, and the sum of its terms' magnitudes: w^gamma CE has
+
+        w^gamma * CE'' + 2 (w^gamma)' * CE' + (w^gamma)'' * CE
+
+    with CE' = p - y', CE'' = p (1 - p) and, as w' = (1 - 2y) p (1 - p) and p' = p (1 - p), for R = w' / w
+
+        (w^gamma)' = w^gamma * gamma R            (w^gamma)'' = w^gamma * gamma R ((gamma - 1) R + 1 - 2p).
+
+    `detached` leaves the last two terms out.
+    """
+    x = np.clip(x, -1e300, 1e300)
+    x, y = np.broadcast_arrays(x, np.asarray(y, dtype=x.dtype))
+    p, not_p, ce, modulating = _parts(x, y, gamma, label_smoothing)
+    smooth = y * (1 - label_smoothing) + label_smoothing / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quotient = np.where(y == 0, not_p, np.where(y == 1, p, p * not_p / (p * (1 - y) + not_p * y)))
+    growth = 0.0 if detached else gamma * (1 - 2 * y) * quotient
+    mixed = 2 * growth * (p * (1 - smooth) - not_p * smooth)
+    bent = growth * ((gamma - 1) * (1 - 2 * y) * quotient + (not_p - p)) * ce
+    factor = _alpha_t(y, alpha) * modulating
+    magnitude = factor * (
+        p * not_p + 2 * np.abs(growth) * (p * (1 - smooth) + not_p * smooth) + np.abs(bent)
+    )
+    return factor * (p * not_p + mixed + bent), magnitude
+
+
 def star_loss(
     x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, beta: float = 1.0
 ) -> Array:
@@ -118,6 +153,16 @@ def star_gradient(
     _, wrong = _probabilities(gamma * _times(2 * y - 1, x) + beta)
     gradient = _alpha_t(y, alpha) * (1 - 2 * y) * wrong
     return gradient, np.abs(gradient)
+
+
+def star_second_derivative(
+    x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, beta: float = 1.0
+) -> tuple[Array, Array]:
+    """d2FL*/dx2 = alpha_t (2 y - 1)^2 gamma sigmoid(.) (1 - sigmoid(.)), of gamma x_t + beta; a single term."""
+    x, y = np.broadcast_arrays(x, np.asarray(y, dtype=np.asarray(x).dtype))
+    right, wrong = _probabilities(gamma * _times(2 * y - 1, x) + beta)
+    second = _alpha_t(y, alpha) * (1 - 2 * y) ** 2 * gamma * right * wrong
+    return second, np.abs(second)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 #include "tile_dense.h"
 #include "tile_fast.h"
 #include "tile_generic.h"
+#include "tile_second.h"
 
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
@@ -72,10 +73,23 @@ void run_generic(const KernelParams& params, int64_t begin, int64_t end) {
   }
 }
 
+template <class T, class Loss>
+void run_second(const KernelParams& params, int64_t begin, int64_t end) {
+  if constexpr (Loss::kSecond) {  // else the operator has refused it
+    const Loss loss_fn(params.loss);
+    for (int64_t t = begin; t < end; ++t)
+      second_tile<T, Accumulation<T>>(params, tile_at(params.levels, t), loss_fn,
+                                      params.partial == nullptr ? nullptr : params.partial + t);
+  }
+}
+
 void run_tiles(const KernelParams& params, int64_t begin, int64_t end) {
   with_dtype(params.dtype, [&](auto logit) {
     using T = type_of<decltype(logit)>;
     using S = Accumulation<T>;
+    if (params.output == Output::kSecond)
+      return with_loss<S, Path::kGeneric>(params.loss,
+                                          [&](auto loss) { run_second<T, type_of<decltype(loss)>>(params, begin, end); });
     if constexpr (sizeof(S) == sizeof(float)) {
       if (is_fast(params)) {
         return with_loss<S, Path::kFast>(params.loss,
