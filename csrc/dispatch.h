@@ -24,7 +24,7 @@ using Accumulation = typename AccumulationOf<T>::type;
 
 // Calls use(Type<T>()) for the type of the logits.
 template <class Use>
-FASTFOCAL_HD auto with_dtype(DType dtype, const Use& use) {
+FASTFOCAL_HOST auto with_dtype(DType dtype, const Use& use) {
   switch (dtype) {
     case DType::kFloat16:
       return use(Type<Half>());

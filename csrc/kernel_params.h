@@ -31,9 +31,12 @@ struct KernelParams {
   bool wide_labels;
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
+  const void* scores;         // as the packed labels, of positives; null: 1
   const void* anchor_weight;  // as the packed labels; null: 1
   const void* class_weights;  // [2][K], of positives and of negatives; null: the two numbers below
   double positive_weight, negative_weight;
+  const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored; null: nowhere
+  int64_t mask_image_stride, mask_class_stride;
   LossParams loss;
 
   const double* divisor;  // 1 or N of them; null: 1
@@ -120,10 +123,21 @@ FASTFOCAL_HD int packed_label_at(const KernelParams& params, int64_t anchor) {
                             : int(static_cast<const int16_t*>(params.packed_labels)[anchor]);
 }
 
-// Two class weights, nothing per anchor or per element.
+// An anchor's score, read where it is positive.
+template <class S>
+FASTFOCAL_HD S score_of(const KernelParams& params, int64_t anchor) {
+  return params.scores == nullptr ? S(1) : static_cast<const S*>(params.scores)[anchor];
+}
+
+// The mask of an image's classes, or null.
+FASTFOCAL_HD const uint8_t* class_mask_of(const KernelParams& params, int64_t image) {
+  return params.class_mask == nullptr ? nullptr : params.class_mask + image * params.mask_image_stride;
+}
+
+// Two class weights, nothing per anchor, per element or per image and class.
 FASTFOCAL_HD bool has_constant_weights(const KernelParams& params) {
-  return params.anchor_weight == nullptr && params.class_weights == nullptr && !params.incoming_elements &&
-         params.output != Output::kElementLoss && params.output != Output::kSecond;
+  return params.anchor_weight == nullptr && params.class_weights == nullptr && params.class_mask == nullptr &&
+         !params.incoming_elements && params.output != Output::kElementLoss && params.output != Output::kSecond;
 }
 
 // The common case has fast kernels: labels, constant weights, and a loss that has one.

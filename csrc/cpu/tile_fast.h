@@ -1,4 +1,4 @@
-// A tile of the plain case (is_fast in kernel_params.h): labels, and a constant weight for each of the two classes.
+// A tile of the fast case (is_fast in kernel_params.h): labels, and a constant weight for each of the two classes.
 //
 // Its logits are computed as negatives by branch-free loops over contiguous memory; the few positives and the ignored ones are
 // kept out of their sum and output, and the positives are computed apart while the tile is in cache.

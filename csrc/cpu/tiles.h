@@ -51,53 +51,89 @@ void run_fast(const KernelParams& params, int64_t begin, int64_t end) {
   }
 }
 
-template <class T, class Loss>
-void run_generic(const KernelParams& params, int64_t begin, int64_t end) {
-  using S = Accumulation<T>;
-  const Loss loss_fn(params.loss);
+// The loops of one loss that are the same for every dtype in memory, for calls without fast kernels. Behind virtual functions, a call
+// for hundreds of elements, so that they are compiled once for each loss and not for each dtype as well.
+template <class S>
+struct BlockLoss {
+  virtual void generic(const KernelParams& params, Block<S>* block, int n, S least, Ahead x, Ahead out,
+                       typename Lanes<S>::Total* sum) const = 0;
+  virtual void second(const KernelParams& params, const SecondBlock<S>& block, int n,
+                      typename Lanes<S>::Total* sum) const = 0;
+  virtual Vec dense(const float* x, const float* target, float* grad, int n, const DenseWeights& weights, Ahead ahead_x,
+                    Ahead ahead_target) const = 0;
+};
+template <class S, class Loss>
+struct BlockLossOf final : BlockLoss<S> {
+  const Loss loss_fn;
+  explicit BlockLossOf(const LossParams& params) : loss_fn(params) {}
+  void generic(const KernelParams& params, Block<S>* block, int n, S least, Ahead x, Ahead out,
+               typename Lanes<S>::Total* sum) const override {
+    generic_block(loss_fn, params, block, n, least, x, out, sum);
+  }
+  void second(const KernelParams& params, const SecondBlock<S>& block, int n, typename Lanes<S>::Total* sum) const override {
+    if constexpr (kHasSecond<Loss>) second_block(loss_fn, params, block, n, sum);  // else the operator has refused it
+  }
+  Vec dense(const float* x, const float* target, float* grad, int n, const DenseWeights& weights, Ahead ahead_x,
+            Ahead ahead_target) const override {
+    if constexpr (sizeof(S) == sizeof(float)) {
+      return dense_group(loss_fn, x, target, grad, n, weights, ahead_x, ahead_target);
+    } else {
+      return Vec(0.0f);  // never called: no vectors of doubles
+    }
+  }
+};
+
+template <class T>
+void run_generic(const KernelParams& params, const BlockLoss<Accumulation<T>>& loss, int64_t begin, int64_t end) {
+  const auto generic = [&](auto... arguments) { loss.generic(arguments...); };
+  const auto dense = [&](auto... arguments) { return loss.dense(arguments...); };
+  const auto second = [&](const auto&... arguments) { loss.second(arguments...); };
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile = tile_at(params.levels, t);
+    if (params.output == Output::kSecond) {
+      second_tile<T>(params, tile, second, params.partial == nullptr ? nullptr : params.partial + t);
+      continue;
+    }
     const bool sums = params.output == Output::kLoss || params.output == Output::kLossAndGradient;
     double* partial = sums ? params.partial + t : nullptr;
     if (!sums && params.levels.level[tile.level].out == nullptr) continue;
     bool done = false;
-    if constexpr (sizeof(S) == sizeof(float)) {
+    if constexpr (sizeof(T) < sizeof(double)) {
       if (params.soft && has_constant_weights(params)) {
-        params.wide_soft_targets ? dense_tile<T, float>(params, tile, loss_fn, partial)
-                                 : dense_tile<T, T>(params, tile, loss_fn, partial);
+        params.wide_soft_targets ? dense_tile<T, float>(params, tile, dense, partial)
+                                 : dense_tile<T, T>(params, tile, dense, partial);
         done = true;
       }
     }
-    if (!done) generic_tile<T, S>(params, tile, loss_fn, partial);
+    if (!done) generic_tile<T>(params, tile, generic, partial);
     if (params.output == Output::kGradient) multiply_finished<T>(params, tile);
   }
 }
 
-template <class T, class Loss>
-void run_second(const KernelParams& params, int64_t begin, int64_t end) {
-  if constexpr (Loss::kSecond) {  // else the operator has refused it
-    const Loss loss_fn(params.loss);
-    for (int64_t t = begin; t < end; ++t)
-      second_tile<T, Accumulation<T>>(params, tile_at(params.levels, t), loss_fn,
-                                      params.partial == nullptr ? nullptr : params.partial + t);
-  }
+// Logits of 16 or 32 bits.
+void run_generic_floats(const KernelParams& params, const BlockLoss<float>& loss, int64_t begin, int64_t end) {
+  with_dtype(params.dtype, [&](auto logit) {
+    using T = type_of<decltype(logit)>;
+    if constexpr (sizeof(T) < sizeof(double)) run_generic<T>(params, loss, begin, end);
+  });
 }
 
 void run_tiles(const KernelParams& params, int64_t begin, int64_t end) {
-  with_dtype(params.dtype, [&](auto logit) {
-    using T = type_of<decltype(logit)>;
-    using S = Accumulation<T>;
-    if (params.output == Output::kSecond)
-      return with_loss<S, Path::kGeneric>(params.loss,
-                                          [&](auto loss) { run_second<T, type_of<decltype(loss)>>(params, begin, end); });
-    if constexpr (sizeof(S) == sizeof(float)) {
-      if (is_fast(params)) {
-        return with_loss<S, Path::kFast>(params.loss,
-                                         [&](auto loss) { run_fast<T, type_of<decltype(loss)>>(params, begin, end); });
-      }
-    }
-    with_loss<S, Path::kGeneric>(params.loss,
-                                 [&](auto loss) { run_generic<T, type_of<decltype(loss)>>(params, begin, end); });
+  if (is_fast(params)) {
+    return with_loss<float, Path::kFast>(params.loss, [&](auto loss) {
+      with_dtype(params.dtype, [&](auto logit) {
+        using T = type_of<decltype(logit)>;
+        if constexpr (sizeof(T) < sizeof(double)) run_fast<T, type_of<decltype(loss)>>(params, begin, end);
+      });
+    });
+  }
+  if (params.dtype == DType::kFloat64) {
+    return with_loss<double, Path::kGeneric>(params.loss, [&](auto loss) {
+      run_generic<double>(params, BlockLossOf<double, type_of<decltype(loss)>>(params.loss), begin, end);
+    });
+  }
+  with_loss<float, Path::kGeneric>(params.loss, [&](auto loss) {
+    run_generic_floats(params, BlockLossOf<float, type_of<decltype(loss)>>(params.loss), begin, end);
   });
 }
 

@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 4) fast_kernel(const __grid_constant
         static_cast<const int16_t*>(params.packed_labels) + level.first_anchor + tile.image * level.anchors;
 
     thread.begin(work);
-    // Vectors give an ignored logit grad 0, and 0 times a weight that is not finite would be NaN.
+    // Vectors give an ignored logit gradient 0, and 0 times a weight that is not finite would be NaN.
     const bool vectors = ((reinterpret_cast<uintptr_t>(level.logits) | reinterpret_cast<uintptr_t>(level.out)) & 15) == 0 &&
                          fabsf(thread.negative) < INFINITY;
     const bool writes = kOutput == Output::kLoss || g != nullptr;

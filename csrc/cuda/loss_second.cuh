@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     const Level& level = params.levels.level[tile.level];
     const int64_t base = tile.image * level.image_logits;
     const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
+    const uint8_t* const mask = class_mask_of(params, tile.image);
     const double own = own_scale(params, tile.level, tile.image);
     const S scale = S(work.scale);
     const S finished = S(factor_of_finished<S>(params, tile.level, tile.image, work.scale));
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
       const Place place = map.at(uint32_t(j - tile.begin));
       const int64_t anchor = anchor_base + place.anchor;
       const int label = kSoft ? kBackground : packed_label_at(params, anchor);
-      if (level.direction != nullptr && label != kIgnored) {
+      if (level.direction != nullptr && label != kIgnored &&
+          (mask == nullptr || mask[place.k * params.mask_class_stride] != 0)) {
         const S x = to_float(static_cast<const T*>(level.logits)[base + j]);
         const S direction = to_float(static_cast<const T*>(level.direction)[base + j]);
         const S positive = positive_weight<S>(params, place.k), negative = negative_weight<S>(params, place.k);
@@ -42,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
           d = loss_fn.second_soft(x, y);
           weight *= Loss::soft_weight(y, positive, negative);
         } else {
-          d = label == place.k ? loss_fn.second_positive(x, S(1)) : loss_fn.second_negative(x);
+          d = label == place.k ? loss_fn.second_positive(x, score_of<S>(params, anchor)) : loss_fn.second_negative(x);
           weight *= label == place.k ? positive : negative;
         }
         const S grad = d.grad * weight;
@@ -79,7 +81,7 @@ void run_second(const KernelParams& params, const Context& context) {
   constexpr Path kPath = sizeof(S) == sizeof(float) ? Path::kGeneric : Path::kGenericAnyGamma;
   with_loss<S, kPath>(params.loss, [&](auto loss) {
     using Loss = type_of<decltype(loss)>;
-    if constexpr (Loss::kSecond)  // else the operator has refused it
+    if constexpr (kHasSecond<Loss>)  // else the operator has refused it
       params.soft ? launch_second<T, Loss, true>(params, context) : launch_second<T, Loss, false>(params, context);
   });
 }

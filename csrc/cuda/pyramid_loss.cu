@@ -1,4 +1,4 @@
-// Which kernel runs a params, and the last step of its sums.
+// The operator pyramid_loss on CUDA: which kernel runs a call, and the last step of its sums.
 #include "kernels.h"
 #include "launch.h"
 

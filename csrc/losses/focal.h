@@ -101,7 +101,6 @@ struct Focal {
     return {loss, select(is_negative(x), V(S(0)) - grad, grad)};
   }
 
-  static constexpr bool kSecond = true;
   template <class V>
   FASTFOCAL_HD Derivatives<V> second_negative(V z) const {
     const V e = exponential(z);
@@ -260,5 +259,8 @@ struct Focal {
     }
   }
 };
+
+template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy>
+constexpr bool kHasSecond<Focal<S, kGamma, kSmoothing, kAccuracy>> = true;
 
 }  // namespace fastfocal

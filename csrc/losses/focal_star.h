@@ -58,7 +58,6 @@ struct FocalStar {
     return {of_z.loss, t.s * of_z.grad};
   }
 
-  static constexpr bool kSecond = true;
   template <class V>
   FASTFOCAL_HD Derivatives<V> second_negative(V x) const {
     const V z = of_negative(x);
@@ -138,5 +137,8 @@ struct FocalStar {
     return {select(is_negative(z), er, r), steepness * (er * r)};
   }
 };
+
+template <class S, Accuracy kAccuracy>
+constexpr bool kHasSecond<FocalStar<S, kAccuracy>> = true;
 
 }  // namespace fastfocal

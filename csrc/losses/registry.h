@@ -23,7 +23,7 @@ FASTFOCAL_HD bool has_fast_kernel(const LossParams& params) {
 
 // Calls use(Type<Loss>()) with the struct of the loss. Each call of this is one more set of kernels to compile.
 template <class S, Path kPath, Accuracy kAccuracy = Accuracy::kFloat, class Use>
-FASTFOCAL_HD auto with_loss(const LossParams& params, const Use& use) {
+FASTFOCAL_HOST auto with_loss(const LossParams& params, const Use& use) {
   switch (params.kind) {
     case LossKind::kFocalStar:
       return use(Type<FocalStar<S, kAccuracy>>());

@@ -151,7 +151,7 @@ struct PyramidLoss : private NewTensors<Device> {
 
   static void check_second(const LossParams& params) {
     with_loss<float, Path::kGeneric>(params, [&](auto loss) {
-      FASTFOCAL_CHECK(type_of<decltype(loss)>::kSecond, "loss: ", static_cast<int64_t>(params.kind),
+      FASTFOCAL_CHECK(kHasSecond<type_of<decltype(loss)>>, "loss: ", static_cast<int64_t>(params.kind),
                       " has no second derivative");
     });
   }
