@@ -1,4 +1,4 @@
-"""Focal loss and its gradient in float64 numpy, written from the definition, to hold every kernel against.
+"""Focal loss and its derivatives in float64 numpy, written from the definition, to hold every kernel against.
 
 The binary term is Lin et al., "Focal Loss for Dense Object Detection" (arXiv:1708.02002), equations 1, 4 and 5:
 
@@ -173,6 +173,8 @@ class Expected:
     positives: Array  # (N,)
     sizes: Any = None  # as loss, of the terms' magnitudes: weights may have either sign
     factors: Sequence[Array] = ()  # what each logit's bare term is multiplied by, alpha aside
+    seconds: Sequence[Array] = ()  # second derivatives of the summed loss, one per level: nothing mixes two logits
+    second_magnitudes: Sequence[Array] = ()  # of their terms
 
 
 def _indices(shape: tuple[int, ...], classes: int) -> tuple[Array, Array, Array, int]:
@@ -260,6 +262,7 @@ def oracle_focal_loss(
 
     per_anchor = None if weight is None else _by_level(weight, images, anchors)
     losses, grads, magnitudes, factors = [], [], [], []
+    seconds, second_magnitudes = [], []
     for level, (x, (n, m, k, _)) in enumerate(zip(levels, index, strict=True)):
         class_alpha = None if alpha is None else np.asarray(alpha, dtype=np.float64)
         if class_alpha is not None and class_alpha.ndim:
@@ -273,9 +276,17 @@ def oracle_focal_loss(
         loss_of = element_loss if beta is None else star_loss
         gradient_of = partial(element_gradient, detached=detach_modulating_factor) if beta is None else star_gradient
         gradient, magnitude = gradient_of(x, y[level], **options)
+        second_of = (
+            partial(element_second_derivative, detached=detach_modulating_factor)
+            if beta is None
+            else star_second_derivative
+        )
+        second, second_magnitude = second_of(x, y[level], **options)
         losses.append(np.where(kept[level], _times(factor, loss_of(x, y[level], **options)), zero))
         grads.append(np.where(kept[level], factor * gradient, zero))
         magnitudes.append(np.where(kept[level], np.abs(factor) * magnitude, zero))
+        seconds.append(np.where(kept[level], factor * second, zero))
+        second_magnitudes.append(np.where(kept[level], np.abs(factor) * second_magnitude, zero))
         factors.append(np.where(kept[level], factor + zero, zero))
 
     def reduced(parts: list[Array]) -> Any:
@@ -290,4 +301,6 @@ def oracle_focal_loss(
 
     with np.errstate(invalid="ignore"):  # inf - inf, where weights have both signs
         sizes = reduced([np.abs(part) for part in losses])
-        return Expected(reduced(losses), grads, magnitudes, positives, sizes, factors)
+        return Expected(
+            reduced(losses), grads, magnitudes, positives, sizes, factors, seconds, second_magnitudes
+        )
