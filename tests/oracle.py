@@ -130,9 +130,7 @@ def element_second_derivative(
     mixed = 2 * growth * (p * (1 - smooth) - not_p * smooth)
     bent = growth * ((gamma - 1) * (1 - 2 * y) * quotient + (not_p - p)) * ce
     factor = _alpha_t(y, alpha) * modulating
-    magnitude = factor * (
-        p * not_p + 2 * np.abs(growth) * (p * (1 - smooth) + not_p * smooth) + np.abs(bent)
-    )
+    magnitude = factor * (p * not_p + 2 * np.abs(growth) * (p * (1 - smooth) + not_p * smooth) + np.abs(bent))
     return factor * (p * not_p + mixed + bent), magnitude
 
 
@@ -301,6 +299,4 @@ def oracle_focal_loss(
 
     with np.errstate(invalid="ignore"):  # inf - inf, where weights have both signs
         sizes = reduced([np.abs(part) for part in losses])
-        return Expected(
-            reduced(losses), grads, magnitudes, positives, sizes, factors, seconds, second_magnitudes
-        )
+        return Expected(reduced(losses), grads, magnitudes, positives, sizes, factors, seconds, second_magnitudes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +29,6 @@ from cases import (
     move,
     same_bits,
     tolerance,
-    total,
 )
 from oracle import (
     Expected,
@@ -111,6 +109,7 @@ def test_star_oracle_is_the_derivative_of_its_gradient(gamma: float, beta: float
 
 # --- what is compared -------------------------------------------------------------------------------------------------
 
+
 # What a second derivative of less than the least normal number may lose on its way: (1 - p_t)^gamma counts as 0 where it is
 # less than that, and gamma^2 |x| multiplies it.
 def lost(gamma: float) -> float:
@@ -144,9 +143,7 @@ class Second:
 
 def compare(got: Sequence[Tensor], expected: Expected, v: Sequence[Tensor], scale: Sequence[Any], gamma: float) -> None:
     """scale: the incoming gradient of each level."""
-    for level, (result, want, size) in enumerate(
-        zip(got, expected.seconds, expected.second_magnitudes, strict=True)
-    ):
+    for level, (result, want, size) in enumerate(zip(got, expected.seconds, expected.second_magnitudes, strict=True)):
         factor = v[level].detach().cpu().double().numpy() * scale[level]
         assert_close(
             result,
@@ -168,10 +165,8 @@ def sweep(backend: Backend, dtype: torch.dtype) -> Tensor:
 def second_of(x: Tensor, y: float | Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The gradient and the second derivative of each number's loss; y: 0 or 1 for labels, else soft targets."""
     leaf = x.detach().view(1, -1, 1).requires_grad_()
-    if isinstance(y, Tensor):
-        targets = y.view(1, -1, 1)
-    else:
-        targets = torch.full((1, x.numel()), 1 - int(y), device=x.device)
+    labels = torch.full((1, x.numel()), 0 if isinstance(y, float) and y else 1, device=x.device)
+    targets = y.view(1, -1, 1) if isinstance(y, Tensor) else labels
     loss = loss_function(options)(leaf, targets, normalizer=None, alpha=None, **options)
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     (second,) = torch.autograd.grad(grad, leaf, torch.ones_like(grad))
@@ -250,8 +245,10 @@ def test_accuracy_of_star(backend: Backend, dtype: torch.dtype, gamma: float, be
 @pytest.mark.parametrize("gamma", [0.5, 2.0, 1e4])
 def test_limits(backend: Backend, gamma: float, form: str, dtype: torch.dtype) -> None:
     """Infinite logits, and those whose exponentials are 0: the loss is straight or flat there. NaN stays NaN."""
-    x = torch.tensor([float("inf"), -float("inf"), 1e4, -1e4, float("nan"), 700.0, -700.0], device=backend.device)
-    options: dict[str, Any] = {"label_smoothing": 0.25} if form == "smoothed" else {"beta": 1.0} if form == "star" else {}
+    x = torch.tensor([float("inf"), -float("inf"), 1e4, -1e4, float("nan"), 2e3, -2e3], device=backend.device)
+    options: dict[str, Any] = (
+        {"label_smoothing": 0.25} if form == "smoothed" else {"beta": 1.0} if form == "star" else {}
+    )
     ys: tuple[Any, ...] = (0.0, 1.0)
     if form == "soft":
         ys = tuple(torch.full_like(x, y).to(dtype) for y in (0.0, 0.25, 1.0))
@@ -297,8 +294,8 @@ def test_layouts(backend: Backend, layout: str, dtype: torch.dtype, generator: t
     compare(got.by_logits, expect(levels, targets, **options), v, [1.0] * len(levels), 2.0)
     for g, x in zip(got.by_logits, levels, strict=True):
         assert g.dtype == x.dtype
-        if layout not in ("expanded", "width_slice", "channel_slice", "3d_rows"):  # a gradient is dense
-            assert g.stride() == x.stride()
+        if layout in ("contiguous", "channels_last", "offset", "channels_last_offset", "3d", "3d_offset", "2d"):
+            assert g.stride() == x.stride()  # where logits are read in their place
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -315,7 +312,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 REDUCTIONS = ("sum", "mean", "level", "image", "none")
 
 
-def incoming_gradients(reduction: str, levels: list[Tensor], generator: torch.Generator) -> tuple[list[Tensor], list[Any]]:
+def incoming_gradients(
+    reduction: str, levels: list[Tensor], generator: torch.Generator
+) -> tuple[list[Tensor], list[Any]]:
     """One for each part of the loss, and for each level what it multiplies that level's second derivatives by."""
     dtype, device = levels[0].dtype, levels[0].device
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
@@ -361,12 +360,8 @@ def test_options(
 
     # By the incoming gradient: the sum that it multiplies, of v times the gradient it would be for 1.
     relative = tolerance(torch.float32, gamma) + 1e-6  # v, and sums of sixteen in float32
-    along = [
-        vi.double().cpu().numpy() * g for vi, g in zip(v, expected.grads, strict=True)
-    ]
-    sizes = [
-        np.abs(vi.double().cpu().numpy()) * m for vi, m in zip(v, expected.magnitudes, strict=True)
-    ]
+    along = [vi.double().cpu().numpy() * g for vi, g in zip(v, expected.grads, strict=True)]
+    sizes = [np.abs(vi.double().cpu().numpy()) * m for vi, m in zip(v, expected.magnitudes, strict=True)]
     if reduction == "none":
         for found, want, most in zip(got.by_incoming, along, sizes, strict=True):
             assert_close(found, want, relative, magnitude=most, flushed=1e3, what="by the incoming gradient")
@@ -382,3 +377,601 @@ def test_options(
     ]
     (found,) = got.by_incoming
     assert_close(found, want, relative, magnitude=most, flushed=1e3, what="by the incoming gradient")
+
+
+# --- edges ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_ignored_anchors_leave_no_trace(backend: Backend, bad: float, layout: str, generator: torch.Generator) -> None:
+    """Whatever their logits, their weights, the incoming gradient and the direction are."""
+    size = Size(2, 2, 3, ((4, 3), (1, 1)))
+    levels, targets, v, _ = problem(backend, generator, layout=layout, size=size)
+    ignored = [(t == -1)[..., None].expand(*t.shape, size.classes) for t in targets]
+
+    def set_ignored(tensors: list[Tensor]) -> list[Tensor]:
+        return [torch.where(in_order(mask, x, size), bad, x) for mask, x in zip(ignored, tensors, strict=True)]
+
+    weight = [torch.where(t == -1, bad, 1.0) for t in targets]
+    options: dict[str, Any] = {"num_classes": 3, "weight": weight}
+    clean = Second(levels, targets, v, num_classes=3, weight=[torch.ones_like(w) for w in weight])
+    got = Second(set_ignored(levels), targets, set_ignored(v), **options)
+    for mask, a, b in zip(ignored, got.by_logits, clean.by_logits, strict=True):
+        assert not a[in_order(mask, a, size)].any()
+        assert same_bits(a, b)
+    assert same_bits(got.by_incoming[0], clean.by_incoming[0])
+
+
+def in_order(mask: Tensor, x: Tensor, size: Size) -> Tensor:
+    """(N, M, K) in the logits' shape."""
+    if x.dim() != 4:
+        return mask.reshape(x.shape)
+    n, _, h, w = x.shape
+    return mask.reshape(n, h, w, size.anchors, size.classes).permute(0, 3, 4, 1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 2.0**120])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_what_is_zero_stays_zero(backend: Backend, reduction: str, bad: float, generator: torch.Generator) -> None:
+    """Beside an incoming gradient or a direction that is no number, or too large a one; all else is what it gives."""
+    size = Size(2, 2, 3, ((3, 2), (1, 1)))
+    levels, targets, v, _ = problem(backend, generator, size=size)
+    options: dict[str, Any] = {"num_classes": 3, "reduction": reduction, "level_weights": [1.0, 0.0]}
+    plain = Second(levels, targets, v, **options)
+    incoming = [torch.full_like(g, bad) for g in plain.losses]
+    got = Second(levels, targets, v, incoming, **options)
+    for a, b in zip(got.by_logits, plain.by_logits, strict=True):
+        zero = b == 0
+        assert zero.any() and not a[zero].any()
+        torch.testing.assert_close(a[~zero], b[~zero] * bad, rtol=1e-6, atol=0, equal_nan=True)
+    along = Second(levels, targets, [torch.full_like(g, bad) for g in v], **options)
+    for a, b in zip(along.by_logits, plain.by_logits, strict=True):
+        assert not a[b == 0].any()
+    assert not along.by_logits[1].any()
+
+
+def test_many_levels(backend: Backend, generator: torch.Generator) -> None:
+    """More than one launch takes, empty ones among them."""
+    size = Size(2, 1, 2, tuple((1 + i % 3, 2 if i % 5 else 0) for i in range(37)))
+    levels, targets, v, _ = problem(backend, generator, size=size)
+    for reduction in ("sum", "level", "image"):
+        options: dict[str, Any] = {"num_classes": 2, "reduction": reduction}
+        got = Second(levels, targets, v, **options)
+        expected = expect(levels, targets, **options)
+        compare(got.by_logits, expected, v, [1.0] * len(levels), 2.0)
+        want = sum((vi.double().cpu().numpy() * g).sum() for vi, g in zip(v, expected.grads, strict=True))
+        most = sum((vi.abs().double().cpu().numpy() * m).sum() for vi, m in zip(v, expected.magnitudes, strict=True))
+        assert abs(float(got.by_incoming[0].double().sum()) - want) <= 1e-5 * most
+
+
+def test_no_logits(backend: Backend) -> None:
+    levels = [torch.zeros(0, 6, 2, 2, device=backend.device), torch.zeros(0, 6, 1, 1, device=backend.device)]
+    targets = [
+        torch.zeros(0, 8, dtype=torch.int64, device=backend.device),
+        torch.zeros(0, 2, dtype=torch.int64, device=backend.device),
+    ]
+    for reduction in REDUCTIONS:
+        got = Second(levels, targets, num_classes=3, reduction=reduction)
+        assert [g.shape for g in got.by_logits] == [x.shape for x in levels]
+        assert all(not g.any() for g in got.by_incoming)
+
+
+def test_levels_that_need_no_gradient(backend: Backend, generator: torch.Generator) -> None:
+    levels, targets, v, size = problem(backend, generator)
+    first = levels[0].clone().requires_grad_()
+    last = levels[2].clone().requires_grad_()
+    for mode in ("save", "recompute"):
+        loss = focal_loss([first, levels[1], last], targets, num_classes=size.classes, grad_mode=mode)
+        grads = torch.autograd.grad(loss, [first, last], create_graph=True)
+        expected = expect(levels, targets, num_classes=size.classes)
+        # Only one of the two gradients is differentiated: the other level's derivative is 0.
+        found = torch.autograd.grad(grads[0], [first, last], v[0])
+        factor = v[0].double().cpu().numpy()
+        assert_close(
+            found[0], factor * expected.seconds[0], 5e-6, magnitude=np.abs(factor) * expected.second_magnitudes[0]
+        )
+        assert not found[1].any()
+
+
+@pytest.mark.parametrize("dtype", list(SIXTEEN_BIT), ids=str)
+@pytest.mark.parametrize("targets", ["labels", "soft"])
+def test_sixteen_bits_are_rounded_once(
+    backend: Backend, targets: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """The numbers of float32 for the same logits, rounded; soft targets of float32 beside 16-bit logits too."""
+    levels, given, v, size = problem(backend, generator, dtype=dtype, targets=targets)
+    options: dict[str, Any] = {"num_classes": size.classes, "normalizer": 2.0}
+    wide = Second(
+        [x.float() for x in levels],
+        [t.float() for t in given] if targets == "soft" else given,
+        [t.float() for t in v],
+        **options,
+    )
+    narrow = Second(levels, given, v, **options)
+    for a, b in zip(narrow.by_logits, wide.by_logits, strict=True):
+        assert torch.equal(a, b.to(dtype))
+    assert torch.equal(narrow.by_incoming[0], wide.by_incoming[0])
+    if targets == "soft":
+        mixed = Second(levels, [t.float() for t in given], v, **options)
+        assert all(torch.equal(a, b) for a, b in zip(mixed.by_logits, narrow.by_logits, strict=True))
+
+
+def test_a_loss_scale_is_multiplied_in_before_rounding(backend: Backend, generator: torch.Generator) -> None:
+    levels, targets, v, size = problem(backend, generator, dtype=torch.float16)
+    options: dict[str, Any] = {"num_classes": size.classes}
+    scale = torch.tensor(65536.0, device=backend.device)
+    got = Second(levels, targets, [t * 0.01 for t in v], [scale], **options)
+    expected = expect(levels, targets, **options)
+    compare(got.by_logits, expected, [t * 0.01 for t in v], [65536.0] * len(levels), 2.0)
+
+
+def test_the_same_bits_for_any_number_of_threads(generator: torch.Generator) -> None:
+    levels, targets, v, size = problem(
+        Backend("cpu", torch.device("cpu")), generator, size=Size(2, 3, 20, ((40, 41), (20, 21)))
+    )
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 8):
+            torch.set_num_threads(threads)
+            got = Second(levels, targets, v, num_classes=size.classes)
+            results.append([*got.by_logits, *got.by_incoming])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --- as autograd asks for it ------------------------------------------------------------------------------------------
+
+TINY = Size(2, 2, 3, ((2, 1), (1, 1)))
+CHECKED: dict[str, dict[str, Any]] = {
+    "sum": {"normalizer": None, "gamma": 0.5},
+    "level": {"normalizer": 2.5, "gamma": 2.0, "label_smoothing": 0.1, "level_weights": [1.0, 0.5]},
+    "image": {"normalizer": torch.tensor([3.0, 0.5]), "gamma": 3.3, "alpha": [0.2, 0.5, 0.9]},
+    "mean": {"gamma": 1.0, "level_weights": [1.0, 2.0], "loss_weight": 2.0, "normalizer": None},
+    "none": {"normalizer": torch.tensor(2.5), "gamma": 2.0, "alpha": None, "label_smoothing": 0.1},
+}
+
+
+def tiny(backend: Backend, generator: torch.Generator, layout: str = "contiguous") -> tuple[list[Tensor], list[Tensor]]:
+    levels = draw_levels(TINY, generator, dtype=torch.float64, layout=layout)
+    labels = encode(draw_classes(TINY, generator, positive=0.3, ignored=0.2), TINY.classes)
+    return move(levels, backend.device), move(labels, backend.device)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize("reduction", CHECKED)
+@pytest.mark.parametrize("targets", ["labels", "soft", "star", "star_soft", "detached", "weighted"])
+def test_gradgradcheck(backend: Backend, targets: str, reduction: str, mode: str, generator: torch.Generator) -> None:
+    """By every logit and every incoming gradient, each alone."""
+    levels, labels = tiny(backend, generator)
+    soft = [torch.rand(x.shape, generator=generator).to(x.device).double() for x in levels]
+    given = soft if targets in ("soft", "star_soft") else labels
+    options = {"num_classes": 3, "reduction": reduction, "grad_mode": mode, **CHECKED[reduction]}
+    if isinstance(options["normalizer"], Tensor):
+        options["normalizer"] = options["normalizer"].to(backend.device)
+    if targets.startswith("star"):
+        options = {name: value for name, value in options.items() if name != "label_smoothing"} | {
+            "gamma": 1.5,
+            "beta": 1.0,
+        }
+    if targets == "detached":
+        options["label_smoothing"] = 0.0  # the numerical derivative of the whole first derivative is not asked for
+    if targets == "weighted":
+        options["weight"] = [torch.rand(y.shape, generator=generator).to(y.device) for y in labels]
+
+    def loss(*xs: Tensor) -> Any:
+        out = loss_function(options)(list(xs), given, **options)
+        return tuple(out) if isinstance(out, list) else out
+
+    if targets != "detached":
+        assert torch.autograd.gradgradcheck(loss, leaves(levels))
+        return
+    # A constant factor has no numerical derivative: the reference, which detaches it, is the judge.
+    options["detach_modulating_factor"] = True
+    compare_with_reference(levels, given, options, generator)
+
+
+def compare_with_reference(
+    levels: list[Tensor], given: Any, options: dict[str, Any], generator: torch.Generator
+) -> None:
+    """Both derivatives of a product of all gradients and random numbers, by logits and by incoming gradients, in float64."""
+    v = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device) for x in levels]
+    results = []
+    for module in (fastfocal, fastfocal.reference):
+        function = module.focal_loss_star if "beta" in options else module.focal_loss
+        inputs = leaves(levels)
+        wanted = options if module is fastfocal else {k: o for k, o in options.items() if k != "grad_mode"}
+        loss = function(inputs, given, **wanted)
+        parts = loss if isinstance(loss, list) else [loss]
+        incoming = [
+            torch.linspace(1, 2, part.numel(), dtype=part.dtype, device=part.device).view(part.shape).requires_grad_()
+            for part in parts
+        ]
+        grads = torch.autograd.grad(parts, inputs, incoming, create_graph=True)
+        results.append(torch.autograd.grad(grads, [*inputs, *incoming], v))
+    for got, want in zip(*results, strict=True):
+        # float64: a few dozen roundings in sums of some twenty terms, relative to the largest.
+        assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "transposed", "width_slice", "expanded", "3d", "3d_transposed"]
+)
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_gradgradcheck_of_layouts(
+    backend: Backend, reduction: str, mode: str, layout: str, generator: torch.Generator
+) -> None:
+    """Logits that are copied to be read are differentiated too."""
+    levels, labels = tiny(backend, generator, layout)
+    if layout == "expanded":  # gradcheck refuses memory shared by elements
+        options: dict[str, Any] = {"num_classes": 3, "reduction": reduction, "grad_mode": mode}
+        return compare_with_reference(levels, labels, options, generator)
+
+    def loss(*xs: Tensor) -> Any:
+        out = focal_loss(list(xs), labels, num_classes=3, reduction=reduction, grad_mode=mode)
+        return tuple(out) if isinstance(out, list) else out
+
+    assert torch.autograd.gradgradcheck(loss, leaves(levels))
+
+
+class Head(nn.Module):
+    """A shared head over two levels of features."""
+
+    def __init__(self, criterion: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.head = nn.Conv2d(4, TINY.anchors * TINY.classes, 1)
+        self.criterion = criterion
+        self.double()
+
+    def forward(self, features: list[Tensor], labels: list[Tensor]) -> Tensor:
+        return self.criterion([self.head(self.stem(x).tanh()) for x in features], labels)  # type: ignore[no-any-return]
+
+
+def training(backend: Backend, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    features = [torch.randn(2, 2, h, w, generator=generator, dtype=torch.float64) for h, w in TINY.cells]
+    return move(features, backend.device), move(encode(draw_classes(TINY, generator, positive=0.3), 3), backend.device)
+
+
+def judge(**options: Any) -> Callable[..., Any]:
+    return lambda x, y: fastfocal.reference.focal_loss(x, y, num_classes=3, **options)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_step_with_a_gradient_penalty(
+    backend: Backend, smoothing: float, mode: str, generator: torch.Generator
+) -> None:
+    """Loss plus the squared norm of its gradient by the input (WGAN-GP's way), against the reference in float64."""
+    features, labels = training(backend, generator)
+    found = []
+    for criterion in (
+        FastFocalLoss(3, label_smoothing=smoothing, grad_mode=mode),
+        judge(label_smoothing=smoothing),
+    ):
+        model = Head(criterion).to(backend.device)
+        inputs = leaves(features)
+        loss = model(inputs, labels)
+        grads = torch.autograd.grad(loss, inputs, create_graph=True)
+        (loss + 10 * sum(g.square().sum() for g in grads)).backward()
+        found.append([p.grad for p in model.parameters()])
+    for got, want in zip(*found, strict=True):
+        assert want.abs().max() > 0
+        assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_a_hessian_vector_product(backend: Backend, mode: str, generator: torch.Generator) -> None:
+    """Of all parameters, by two backwards, as conjugate gradients take it."""
+    features, labels = training(backend, generator)
+    found = []
+    for criterion in (FastFocalLoss(3, grad_mode=mode), judge()):
+        model = Head(criterion).to(backend.device)
+        parameters = list(model.parameters())
+        grads = torch.autograd.grad(model(features, labels), parameters, create_graph=True)
+        draw = torch.Generator().manual_seed(11)
+        v = [torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.device) for p in parameters]
+        found.append(torch.autograd.grad(grads, parameters, v))
+    for got, want in zip(*found, strict=True):
+        assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = {
+    "hessian": torch.func.hessian,
+    "reverse_over_reverse": lambda f: torch.func.jacrev(torch.func.jacrev(f)),
+    "reverse_over_forward": lambda f: torch.func.jacrev(torch.func.jacfwd(f)),
+    "forward_over_forward": lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("form", ["labels", "soft", "star"])
+def test_hessians_of_torch_func(
+    backend: Backend, form: str, name: str, reduction: str, generator: torch.Generator
+) -> None:
+    (x, beside), labels = tiny(backend, generator, "channels_last")
+    soft = [torch.rand(t.shape, generator=generator).to(t.device).double() for t in (x, beside)]
+    options: dict[str, Any] = {"num_classes": 3, "reduction": reduction, "gamma": 1.5, "normalizer": None}
+
+    def loss(module: Any) -> Callable[[Tensor], Tensor]:
+        function = module.focal_loss_star if form == "star" else module.focal_loss
+
+        def of(t: Tensor) -> Tensor:
+            out = function([t, beside], soft if form == "soft" else labels, **options)
+            return out[0] if isinstance(out, list) else out  # type: ignore[no-any-return]
+
+        return of
+
+    transform = TRANSFORMS[name]
+    got, want = transform(loss(fastfocal))(x), transform(loss(fastfocal.reference))(x)
+    assert got.shape == want.shape and want.abs().max() > 0
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+PRODUCTS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]] = {
+    "jvp_of_grad": lambda f, x, v: torch.func.jvp(torch.func.grad(f), (x,), (v,))[1],
+    "vjp_of_grad": lambda f, x, v: torch.func.vjp(torch.func.grad(f), x)[1](v)[0],
+    "grad_of_jvp": lambda f, x, v: torch.func.grad(lambda t: torch.func.jvp(f, (t,), (v,))[1])(x),
+    "grad_of_grad": lambda f, x, v: torch.func.grad(lambda t: (torch.func.grad(f)(t) * v).sum())(x),
+    "vmap_of_jvp": lambda f, x, v: torch.func.vmap(lambda u: torch.func.jvp(torch.func.grad(f), (x,), (u,))[1])(
+        torch.stack([v, 2 * v])
+    )[0],
+    "vmap_of_vjp": lambda f, x, v: torch.func.vmap(torch.func.vjp(torch.func.grad(f), x)[1])(torch.stack([v, 2 * v]))[
+        0
+    ][0],
+    "dual_numbers": lambda f, x, v: dual_product(f, x, v),
+}
+
+
+def dual_product(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(leaf, v)
+        (grad,) = torch.autograd.grad(f(dual), leaf, create_graph=True)
+        return torch.autograd.forward_ad.unpack_dual(grad).tangent  # type: ignore[no-any-return]
+
+
+def scalar_loss(backend: Backend, generator: torch.Generator) -> tuple[Tensor, Tensor, Callable[..., Any]]:
+    (x, beside), labels = tiny(backend, generator)
+    v = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+
+    def loss(module: Any, **options: Any) -> Callable[[Tensor], Tensor]:
+        return lambda t: module.focal_loss([t, beside], labels, num_classes=3, gamma=1.5, **options)
+
+    return x, v, loss
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_hessian_vector_products_of_torch_func(backend: Backend, name: str, generator: torch.Generator) -> None:
+    x, v, loss = scalar_loss(backend, generator)
+    got, want = PRODUCTS[name](loss(fastfocal), x, v), PRODUCTS[name](loss(fastfocal.reference), x, v)
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", [name for name in PRODUCTS if not name.startswith(("vmap", "dual"))] + ["hessian"])
+@pytest.mark.parametrize("mode", ["auto", "recompute"])
+def test_torch_func_within_compiled_code(backend: Backend, mode: str, name: str, generator: torch.Generator) -> None:
+    x, v, loss = scalar_loss(backend, generator)
+    torch._dynamo.reset()
+    if name == "hessian":
+        got = torch.compile(torch.func.hessian(loss(fastfocal, grad_mode=mode)), backend="aot_eager", fullgraph=True)(x)
+        want = torch.func.hessian(loss(fastfocal.reference))(x)
+    else:
+        product = torch.compile(PRODUCTS[name], backend="aot_eager", fullgraph=True)
+        got, want = product(loss(fastfocal, grad_mode=mode), x, v), PRODUCTS[name](loss(fastfocal.reference), x, v)
+    assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_pytorch_refuses_a_double_backward_through_compiled_code(mode: str, generator: torch.Generator) -> None:
+    """AOTAutograd's own limit, for every operator: an error, and not a penalty without a gradient."""
+    model = Head(FastFocalLoss(3, grad_mode=mode))
+    features, labels = training(Backend("cpu", torch.device("cpu")), generator)
+    torch._dynamo.reset()
+    loss = torch.compile(model, backend="aot_eager")(features, labels)
+    grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        sum(g.square().sum() for g in grads).backward()  # type: ignore[union-attr]
+
+
+def test_compiled_without_aotautograd_says_what_to_do(generator: torch.Generator) -> None:
+    features, labels = training(Backend("cpu", torch.device("cpu")), generator)
+    found: list[Any] = []
+    for criterion in (FastFocalLoss(3), FastFocalLoss(3, grad_mode="recompute"), judge()):
+        torch._dynamo.reset()
+        model = Head(criterion)
+        loss = torch.compile(model, backend="eager")(features, labels)
+        grads = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        try:
+            torch.stack([g.square().sum() for g in grads]).sum().backward()
+        except RuntimeError as error:
+            found.append(str(error))
+        else:
+            found.append([p.grad for p in model.parameters()])
+    assert "gradients that were made in forward" in found[0] and 'grad_mode="recompute"' in found[0]
+    for got, want in zip(found[1], found[2], strict=True):
+        assert (got - want).abs().max() <= 1e-12 * want.abs().max()
+
+
+# --- the graph, and what is kept for it -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_a_graph_may_be_walked_again(backend: Backend, mode: str, generator: torch.Generator) -> None:
+    levels, labels = tiny(backend, generator)
+    inputs = leaves(levels)
+    loss = focal_loss(inputs, labels, num_classes=3, grad_mode=mode)
+    plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+    first = torch.autograd.grad(loss, inputs, create_graph=True)
+    second = [
+        torch.autograd.grad(first, inputs, [torch.ones_like(g) for g in first], retain_graph=True) for _ in range(2)
+    ]
+    assert all(same_bits(a, b) for a, b in zip(*second, strict=True))
+    again = torch.autograd.grad(loss, inputs, create_graph=True)
+    last = torch.autograd.grad(again, inputs, [torch.ones_like(g) for g in again])
+    assert all(same_bits(a, b) for a, b in zip(last, second[0], strict=True))
+    after = torch.autograd.grad(loss, inputs)
+    for a, b, c in zip(plain, first, after, strict=True):
+        assert torch.equal(a, c)
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_backward_with_create_graph(backend: Backend, mode: str, generator: torch.Generator) -> None:
+    levels, labels = tiny(backend, generator)
+    (x,), (y,) = levels[:1], labels[:1]
+    leaf = x.clone().requires_grad_()
+    focal_loss([leaf], [y], num_classes=3, grad_mode=mode).backward(create_graph=True)
+    grad = leaf.grad
+    assert grad is not None and grad.requires_grad
+    (got,) = torch.autograd.grad(grad.sum(), leaf)
+    assert_close(got, expect([x], [y], num_classes=3).seconds[0], 1e-12)
+    leaf.grad = None  # a cycle otherwise
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+def test_a_freed_graph_is_pytorchs_own_error(mode: str, generator: torch.Generator) -> None:
+    levels, labels = tiny(Backend("cpu", torch.device("cpu")), generator)
+    inputs = leaves(levels)
+    loss = focal_loss(inputs, labels, num_classes=3, grad_mode=mode)
+    torch.autograd.grad(loss, inputs)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+    loss = focal_loss(inputs, labels, num_classes=3, grad_mode=mode)
+    grads = torch.autograd.grad(loss, inputs, create_graph=True, retain_graph=False)
+    torch.autograd.grad(grads, inputs, [torch.ones_like(g) for g in grads])
+
+
+@pytest.mark.parametrize("mode", ["auto", "save", "recompute"])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_logits_are_let_go_with_the_graph(reduction: str, mode: str, generator: torch.Generator) -> None:
+    """A loss that lives on, as it does until the next step, keeps no logits once backward is through."""
+    levels, labels = tiny(Backend("cpu", torch.device("cpu")), generator)
+    leaf = levels[0].clone().requires_grad_()
+    logits = leaf * 1
+    gone = weakref.ref(logits)
+    loss = focal_loss([logits], labels[:1], num_classes=3, grad_mode=mode, reduction=reduction)
+    del logits
+    assert gone() is not None
+    (loss[0].sum() if isinstance(loss, list) else loss).backward()
+    assert gone() is None and loss is not None
+
+
+def test_logits_written_to_after_the_loss(backend: Backend, generator: torch.Generator) -> None:
+    """With "save" a first derivative does not read them; a second one would be wrong, and is an error."""
+    levels, labels = tiny(backend, generator)
+    inputs = leaves(levels)
+    given = [x * 1 for x in inputs]
+    loss = focal_loss(given, labels, num_classes=3, grad_mode="save")
+    want = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.no_grad():
+        given[1].mul_(0)
+    with pytest.raises(RuntimeError, match="logits modified in place since the loss was computed"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+    found = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("what", ["soft", "normalizer"])
+def test_what_else_is_written_to_after_the_loss(backend: Backend, what: str, generator: torch.Generator) -> None:
+    levels, labels = tiny(backend, generator)
+    inputs = leaves(levels)
+    soft = [torch.rand_like(x) for x in levels]
+    normalizer = torch.tensor(3.0, dtype=torch.float64, device=backend.device)
+    given = soft if what == "soft" else labels
+    loss = focal_loss(inputs, given, num_classes=3, normalizer=normalizer, grad_mode="save")
+    (soft[0] if what == "soft" else normalizer).mul_(2)
+    with pytest.raises(RuntimeError, match="targets, mask or normalizer modified in place"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+    torch.autograd.grad(loss, inputs)
+
+
+def test_what_was_made_in_inference_mode(generator: torch.Generator) -> None:
+    """Such targets have no version to be counted. A first derivative is made beside them, a second one is PyTorch's own error."""
+    levels, _ = tiny(Backend("cpu", torch.device("cpu")), generator)
+    inputs = leaves(levels)
+    with torch.inference_mode():
+        soft, normalizer = [torch.rand_like(x) for x in levels], torch.tensor(2.0, dtype=torch.float64)
+    loss = focal_loss(inputs, soft, normalizer=normalizer, num_classes=3)
+    with pytest.raises(RuntimeError, match=r"Inference tensors cannot be saved for backward"):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+    expected = expect(levels, soft, normalizer=2.0, num_classes=3)
+    for got, want, size in zip(torch.autograd.grad(loss, inputs), expected.grads, expected.magnitudes, strict=True):
+        assert_close(got, want, 1e-12, magnitude=size)
+
+
+@pytest.mark.parametrize("targets", ["labels", "soft"])
+def test_inplace_says_what_to_do(backend: Backend, targets: str, generator: torch.Generator) -> None:
+    levels, labels = tiny(backend, generator)
+    given = labels if targets == "labels" else [x.sigmoid() for x in levels]
+    inputs = leaves(levels)
+    loss = focal_loss([x * 1 for x in inputs], given, num_classes=3, normalizer=1.0, grad_mode="inplace")
+    with pytest.raises(RuntimeError, match=r'"inplace" has written over the logits.*"save" or "recompute"'):
+        torch.autograd.grad(loss, inputs, create_graph=True)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize("way", ["hooks", "checkpoint"])
+def test_saved_tensor_hooks(backend: Backend, way: str, mode: str, generator: torch.Generator) -> None:
+    """What hooks are to keep out of memory is not kept beside them: "save" says so, "recompute" saves logits through them."""
+    levels, labels = tiny(backend, generator)
+    inputs = leaves(levels)
+
+    def loss_of(*xs: Tensor) -> Any:
+        return focal_loss([x.sin() for x in xs], labels, num_classes=3, grad_mode=mode)
+
+    if way == "hooks":
+        with torch.autograd.graph.save_on_cpu():
+            loss = loss_of(*inputs)
+    else:
+        loss = torch.utils.checkpoint.checkpoint(loss_of, *inputs, use_reentrant=False)
+    if mode == "save":
+        with pytest.raises(RuntimeError, match=r'no logits are kept under saved-tensor hooks.*grad_mode="recompute"'):
+            torch.autograd.grad(loss, inputs, create_graph=True)
+        return
+    grads = torch.autograd.grad(loss, inputs, create_graph=True)
+    found = torch.autograd.grad(grads, inputs, [torch.ones_like(g) for g in grads])
+    twins = leaves(levels)
+    want = fastfocal.reference.focal_loss([x.sin() for x in twins], labels, num_classes=3)
+    wanted = torch.autograd.grad(want, twins, create_graph=True)
+    for a, b in zip(found, torch.autograd.grad(wanted, twins, [torch.ones_like(g) for g in wanted]), strict=True):
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max()
+
+
+def test_a_third_derivative_is_an_error(backend: Backend, generator: torch.Generator) -> None:
+    x, v, loss = scalar_loss(backend, generator)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(fastfocal)(leaf), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((grad * v).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"third derivative .* fastfocal.reference"):
+        torch.autograd.grad((second * v).sum(), leaf)
+    with pytest.raises(RuntimeError, match="third derivative"):
+        torch.func.grad(
+            lambda t: (torch.func.grad(lambda u: (torch.func.grad(loss(fastfocal))(u) * v).sum())(t) * v).sum()
+        )(x)
+    with pytest.raises(RuntimeError, match="third derivative"):
+        torch.func.jvp(torch.func.hessian(loss(fastfocal)), (x,), (v,))
+
+
+def test_the_module_and_torchvisions_function(generator: torch.Generator) -> None:
+    x = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 2, (5, 4), generator=generator).double()
+
+    def own(t: Tensor) -> Tensor:
+        return fastfocal.sigmoid_focal_loss(t, y, reduction="mean")
+
+    def plain(t: Tensor) -> Tensor:
+        p = t.sigmoid()
+        ce = nn.functional.binary_cross_entropy_with_logits(t, y, reduction="none")
+        missed = p * (1 - y) + (1 - p) * y
+        return ((0.25 * y + 0.75 * (1 - y)) * missed**2 * ce).mean()
+
+    torch.testing.assert_close(torch.func.hessian(own)(x), torch.func.hessian(plain)(x), rtol=1e-11, atol=1e-16)
+    labels = torch.randint(0, 5, (5,), generator=generator)
+    assert torch.autograd.gradgradcheck(lambda t: FastFocalLoss(4)(t, labels), (x.clone().requires_grad_(),))
