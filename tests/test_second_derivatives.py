@@ -695,7 +695,9 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], 
 def test_hessians_of_torch_func(
     backend: Backend, form: str, name: str, reduction: str, generator: torch.Generator
 ) -> None:
-    (x, beside), labels = tiny(backend, generator, "channels_last")
+    size = backend.sized(TINY, Size(1, 1, 3, ((1, 2), (1, 1))))
+    x, beside = move(draw_levels(size, generator, dtype=torch.float64, layout="channels_last"), backend.device)
+    labels = move(encode(draw_classes(size, generator, positive=0.3, ignored=0.2), 3), backend.device)
     soft = [torch.rand(t.shape, generator=generator).to(t.device).double() for t in (x, beside)]
     options: dict[str, Any] = {"num_classes": 3, "reduction": reduction, "gamma": 1.5, "normalizer": None}
 
@@ -893,7 +895,7 @@ def test_what_else_is_written_to_after_the_loss(backend: Backend, what: str, gen
 
 
 def test_what_was_made_in_inference_mode(generator: torch.Generator) -> None:
-    """Such targets have no version to be counted. A first derivative is made beside them, a second one is PyTorch's own error."""
+    """Such targets have no version. A first derivative is made beside them; a second one is PyTorch's own error."""
     levels, _ = tiny(Backend("cpu", torch.device("cpu")), generator)
     inputs = leaves(levels)
     with torch.inference_mode():
