@@ -222,7 +222,7 @@ inline LossKind checked_loss(int64_t loss) {
 // The numbers of the loss' own, as many as it has and each in its range.
 inline LossParams checked_loss_parameters(LossKind kind, const std::vector<double>& values) {
   LossParams params = {kind, {}};
-  with_loss<float, Path::kGeneric>(params, [&](auto loss) {
+  with_loss<float, Path::kParameters>(params, [&](auto loss) {
     const auto& rules = type_of<decltype(loss)>::kParameters;
     constexpr size_t kCount = sizeof(rules) / sizeof(rules[0]);
     static_assert(kCount <= kMaxLossParameters, "LossParams holds them");

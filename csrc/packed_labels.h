@@ -25,6 +25,8 @@ FASTFOCAL_HD int64_t packed_label(const LabelRule& rule, int64_t label) {
 
 constexpr int kChunkAnchors = 4096;  // labels are packed in chunks, which never leave an image
 
+inline int64_t chunks_of(int64_t anchors) { return (anchors + kChunkAnchors - 1) / kChunkAnchors; }
+
 // The labels of one level.
 struct LabelLevel {
   const void* labels;

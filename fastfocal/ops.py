@@ -25,7 +25,9 @@ from fastfocal import guards
 # On the CPU the error that an operator words itself is torch's already.
 operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
-# LossKind, Reduction and Count in csrc/. A loss's own number is in its file.
+# LossKind, Reduction and Count in csrc/.
+FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL, QUALITY_FOCAL, MATCHABILITY_AWARE, IOU_AWARE_BCE, BCE = range(7)
+GAUSSIAN_FOCAL, ASYMMETRIC = range(7, 9)
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_SCORES, COUNT_ANCHORS_PER_IMAGE = range(
     6
