@@ -329,7 +329,22 @@ def second_derivative(
     ]
     if options.reduction == NONE:
         grad_outputs = [in_order_of(t, g) for g, t in zip(grad_outputs, logits, strict=True)]
-    return ops.pyramid_loss_double_backward(given, grad_outputs, logits, options, needs_grad, operators)
+    try:
+        return ops.pyramid_loss_double_backward(given, grad_outputs, logits, options, needs_grad, operators)
+    except RuntimeError as error:
+        if "has no second derivative" not in str(error):
+            raise
+        raise RuntimeError(no_second_derivative_of(options.loss)) from None
+
+
+def no_second_derivative_of(kind: int) -> str:
+    from fastfocal.losses import LOSSES  # which imports this file
+
+    for member in LOSSES:
+        if member.parameters.kind == kind:
+            name = member.parameters.name
+            return f"fastfocal: {name} has no second derivative (create_graph=True); fastfocal.reference.{name} has"
+    return f"fastfocal: loss {kind} has no second derivative (create_graph=True)"
 
 
 def refuse_batched(grad_output: Tensor | None) -> None:

@@ -41,7 +41,7 @@ from oracle import (
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal import FastFocalLoss, focal_loss
+from fastfocal import FastFocalLoss, focal_loss, ops
 
 # --- the oracle itself ------------------------------------------------------------------------------------------------
 
@@ -401,6 +401,41 @@ def test_ignored_anchors_leave_no_trace(backend: Backend, bad: float, layout: st
         assert not a[in_order(mask, a, size)].any()
         assert same_bits(a, b)
     assert same_bits(got.by_incoming[0], clean.by_incoming[0])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("targets", ["labels", "soft"])
+def test_class_masks(backend: Backend, targets: str, layout: str, generator: torch.Generator) -> None:
+    """What the mask leaves out is exactly 0, whatever is there; all else as if its logits were not there."""
+    levels, given, v, size = problem(backend, generator, layout=layout, targets=targets)
+    mask = torch.rand(size.images, size.classes, generator=generator) < 0.6
+    mask = mask.to(backend.device)
+    options: dict[str, Any] = {"num_classes": size.classes, "normalizer": 3.0}
+    plain = Second(levels, given, v, **options)
+    for_logits = [
+        mask[:, None, :, None, None].expand(-1, size.anchors, -1, h, w).reshape(x.shape)
+        for x, (h, w) in zip(levels, size.cells, strict=True)
+    ]
+    bad = [torch.where(kept, x, float("nan")) for kept, x in zip(for_logits, levels, strict=True)]
+    bad = [b.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else b for b in bad]
+    got = Second(bad, given, v, class_mask=mask, **options)
+    along = 0.0
+    for kept, a, b, g, t in zip(for_logits, got.by_logits, plain.by_logits, plain.grads, v, strict=True):
+        assert not a[~kept].any()
+        assert torch.equal(a[kept], b[kept])
+        along += float((g.detach().double() * t * kept).sum())
+    assert got.by_incoming[0].item() == pytest.approx(along, rel=1e-5)  # sums in float32, sixteen at a time
+
+
+@pytest.mark.parametrize("kind, parameters", [(ops.BCE, [0.0]), (ops.VARIFOCAL, [2.0, 1.0, 0.0])])
+def test_a_loss_without_second_derivatives_says_so(backend: Backend, kind: int, parameters: list[float]) -> None:
+    x = torch.randn(1, 4, 3).to(backend.device).requires_grad_()
+    labels = torch.zeros(4, dtype=torch.int16, device=backend.device)
+    options = (labels, None, None, None, None, None, None, [1.0], 1.0, 1.0, kind, parameters, 3, ops.SUM)
+    (loss,), _ = ops.operators.pyramid_loss([x], *options, [0])
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=rf"fastfocal: .*({kind}|focal_loss).* has no second derivative"):
+        grad.sum().backward()
 
 
 def in_order(mask: Tensor, x: Tensor, size: Size) -> Tensor:
