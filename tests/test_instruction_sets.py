@@ -12,6 +12,7 @@ import test_formula
 import test_grad_modes
 import test_kernels
 import test_options
+import test_second_derivatives
 import torch
 from cases import FOUR_D, SIXTEEN_BIT, THREE_D, TWO_D, Backend, run
 from cpu_isas import build
@@ -111,6 +112,51 @@ def test_far_logits_keep_what_smoothing_leaves_them(backend: Backend, form: str)
 @pytest.mark.parametrize("name", ("labels", "soft_half", "anchor_weight"))
 def test_a_gradient_of_zero_stays_zero(backend: Backend, name: str, reduction: str) -> None:
     test_grad_modes.test_a_gradient_of_zero_stays_zero(backend, torch.float32, name, reduction)
+
+
+# --- second derivatives -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", (0.5, 2.0, 3.3, 10.0))
+def test_accuracy_of_second_derivatives(backend: Backend, gamma: float) -> None:
+    test_second_derivatives.test_accuracy_of_labels(backend, torch.float32, gamma, False)
+    test_second_derivatives.test_accuracy_of_soft_targets(backend, torch.float32, gamma, False)
+    test_second_derivatives.test_accuracy_with_label_smoothing(backend, torch.float32, gamma, 0.1)
+    test_second_derivatives.test_accuracy_of_star(backend, torch.float32, gamma, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ("labels", "soft", "smoothed", "star"))
+@pytest.mark.parametrize("gamma", (0.5, 2.0, 1e4))
+def test_limits_of_second_derivatives(backend: Backend, gamma: float, form: str, dtype: torch.dtype) -> None:
+    test_second_derivatives.test_limits(backend, gamma, form, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last_offset", "3d", "2d_transposed"))
+def test_layouts_of_second_derivatives(
+    backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    test_second_derivatives.test_layouts(backend, layout, dtype, generator)
+
+
+@pytest.mark.parametrize("reduction", ("sum", "image", "none"))
+@pytest.mark.parametrize("name", ("alpha_per_class", "smoothed", "weight", "star"))
+@pytest.mark.parametrize("targets", ("labels", "soft"))
+def test_options_of_second_derivatives(
+    backend: Backend, targets: str, name: str, reduction: str, generator: torch.Generator
+) -> None:
+    test_second_derivatives.test_options(backend, targets, name, reduction, "save", generator)
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+def test_ignored_anchors_of_second_derivatives(backend: Backend, bad: float, generator: torch.Generator) -> None:
+    test_second_derivatives.test_ignored_anchors_leave_no_trace(backend, bad, "contiguous", generator)
+
+
+@pytest.mark.parametrize("dtype", list(SIXTEEN_BIT), ids=str)
+def test_sixteen_bit_second_derivatives(backend: Backend, dtype: torch.dtype, generator: torch.Generator) -> None:
+    test_second_derivatives.test_sixteen_bits_are_rounded_once(backend, "soft", dtype, generator)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
