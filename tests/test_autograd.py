@@ -177,7 +177,7 @@ def test_one_node_runs_one_backward_and_one_operator(levels: int, mode: str, gen
     assert loss.grad_fn is not None and "PyramidLoss" in loss.grad_fn.name()
     graph = nodes(loss.grad_fn)
     assert len(graph) == 1 + levels  # and one AccumulateGrad a leaf
-    assert sum("FocalLoss" in node.name() for node in graph) == 1
+    assert sum("PyramidLoss" in node.name() for node in graph) == 1
     runs: list[int] = []
     loss.grad_fn.register_hook(lambda grad_inputs, grad_outputs: runs.append(len(grad_inputs)))
     with Recorder() as recorder:
