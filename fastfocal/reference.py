@@ -234,11 +234,11 @@ def sigmoid_focal_loss(
 def _weights(loss: Loss, inputs: Inputs, num_classes: int, device: torch.device) -> tuple[Any, Any]:
     """Of positives and of negatives, numbers or (K,), in float64, so that 1 - alpha is rounded once."""
     positive, negative = loss.weights(num_classes, device)
-    factors = checks.class_weight("class_weight", inputs.class_weight, num_classes)
-    if factors is None:
+    if inputs.class_weight is None:
         return positive, negative
-    rows = _float64(factors.values, device).expand(2, num_classes)
-    return _float64(positive, device) * rows[0], _float64(negative, device) * rows[1]
+    rows = checks.class_weight("class_weight", inputs.class_weight, num_classes).rows(device)
+    of_positives, of_negatives = [_float64(row, device) for row in rows]
+    return _float64(positive, device) * of_positives, _float64(negative, device) * of_negatives
 
 
 def _float64(value: Any, device: torch.device) -> Tensor:

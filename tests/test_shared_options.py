@@ -22,7 +22,7 @@ from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, reference
 from fastfocal.checks import ClassValues
 from fastfocal.losses import LOSSES, Member
 from fastfocal.losses.loss import Loss
-from fastfocal.options import Inputs, Options
+from fastfocal.options import Inputs, Options, checked
 from fastfocal.prepare import prepare
 
 K = 5
@@ -299,7 +299,7 @@ def test_wrong_class_masks(wrong: Any, error: type[Exception], words: str) -> No
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@checked
 class Scored(Loss):
     """Binary cross entropy whose positives have their score for a target; the negatives weigh 0.75."""
 
@@ -366,13 +366,13 @@ def test_scores_come_in_the_order_of_the_packed_labels(dtype: torch.dtype, layou
     # Scores that say which label they belong to, exact in every dtype: the packed labels have the same order.
     scores = [y.float() for y in labels]
     prepared = prepare(Scored(), Options(num_classes=K), Inputs(levels, labels, scores=scores))
-    assert prepared.scores is not None and prepared.labels is not None
-    assert prepared.scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert prepared.options.scores is not None and prepared.labels is not None
+    assert prepared.options.scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     packed, _ = fastfocal.ops.pack_labels(
         prepared.labels, prepared.pyramid.dense, None, K, K, -1, fastfocal.ops.COUNT_NOTHING, 1.0
     )
     by_score: dict[float, set[int]] = {}
-    for score, label in zip(prepared.scores.tolist(), packed.tolist(), strict=True):
+    for score, label in zip(prepared.options.scores.tolist(), packed.tolist(), strict=True):
         by_score.setdefault(score, set()).add(label)
     assert len(by_score) > 3 and all(len(packed_labels) == 1 for packed_labels in by_score.values())
 
