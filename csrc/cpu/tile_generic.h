@@ -46,13 +46,17 @@ struct Lanes<double> {
 template <class S>
 struct Block {
   static constexpr int kMost = 256;
-  const S *logits, *soft_targets, *incoming;       // the latter two null where there are none
-  S* out;                                          // null: nothing is wanted; may be where the logits are
-  S negative[kMost], positive[kMost] = {};         // weights, times the scale; with labels, positive ones where target is 1
-  S target[kMost] = {}, ignored[kMost] = {};       // from labels and the class mask, 0 or 1
-  S score[kMost] = {};                             // where target is 1
-  bool any_positive = false, any_ignored = false;  // of these
-  S exponential[kMost], logarithm[kMost];          // the first steps of negatives (see kTogether)
+  // Whole vectors begin at cache lines.
+  alignas(64) S negative[kMost];  // weights, times the scale;
+  S positive[kMost] = {};         // with labels, positive ones where target is 1
+  S target[kMost] = {};           // from labels, 0 or 1
+  S ignored[kMost] = {};          // from these and the class mask, 0 or 1
+  S score[kMost] = {};            // where target is 1
+  S exponential[kMost];           // the first steps of negatives (see kTogether)
+  S logarithm[kMost];
+  bool any_positive = false, any_ignored = false;
+  const S *logits, *soft_targets, *incoming;  // the latter two null where there are none
+  S* out;                                     // null: nothing is wanted; may be where the logits are
 };
 
 template <class S>
@@ -183,15 +187,17 @@ inline V multiply_incoming(V grad, V incoming, S least) {
 
 // Elements [0, n) of a block, whatever the dtype in memory is; returns nothing but what it adds to the sum.
 template <class S, class Loss>
-void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* block, int n, S least, Ahead ahead_x,
+void generic_block(const Loss loss_fn, const KernelParams& params, Block<S>* block, int n, S least, Ahead ahead_x,
                    Ahead ahead_out, typename Lanes<S>::Total* sum) {
   using L = Lanes<S>;
   using V = typename L::V;
-  const S* const x = block->logits;
+  // Copies that no store can change; so is loss_fn.
+  const S *const x = block->logits, *const soft_targets = block->soft_targets, *const incoming = block->incoming;
   S* const out = block->out;
-  const bool element_loss = params.output == Output::kElementLoss;
+  const bool soft = params.soft, element_loss = params.output == Output::kElementLoss;
+  const bool any_positive = block->any_positive, any_ignored = block->any_ignored;
   const V half = V(S(0.5)), zero = V(S(0));
-  if (!params.soft) {
+  if (!soft) {
     for (int i = 0; i < n; i += L::kCount) {
       const int count = n - i < L::kCount ? n - i : L::kCount;
       L::store(block->exponential + i, loss_fn.exponential(L::load(x + i, count)), L::kCount);
@@ -210,14 +216,14 @@ void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* bl
     const V negative = L::load(block->negative + i);
     Term<V> t;
     V weight;
-    if (params.soft) {
-      const V y = L::load(block->soft_targets + i, count);
+    if (soft) {
+      const V y = L::load(soft_targets + i, count);
       t = loss_fn.soft(v, y);
       weight = Loss::soft_weight(y, L::load(block->positive + i), negative);
     } else {
       t = loss_fn.negative(v, L::load(block->exponential + i), Loss::kLogarithm ? L::load(block->logarithm + i) : zero);
       weight = negative;
-      if (block->any_positive) {
+      if (any_positive) {
         const Term<V> yes = loss_fn.positive(v, Loss::kScores ? L::load(block->score + i) : V(S(1)));
         const auto is_positive = half < L::load(block->target + i);
         t.loss = select(is_positive, yes.loss, t.loss);
@@ -226,8 +232,8 @@ void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* bl
       }
     }
     V loss = weigh(t.loss, weight), grad = t.grad * weight;
-    if (block->incoming != nullptr) grad = multiply_incoming(grad, L::load(block->incoming + i, count), least);
-    if (block->any_ignored) {
+    if (incoming != nullptr) grad = multiply_incoming(grad, L::load(incoming + i, count), least);
+    if (any_ignored) {
       const auto is_ignored = half < L::load(block->ignored + i);
       loss = select(is_ignored, zero, loss);
       grad = select(is_ignored, zero, grad);
