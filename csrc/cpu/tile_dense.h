@@ -30,7 +30,6 @@ struct Ahead {
   const char* memory;
   int bytes;
   void prefetch(int i) const { __builtin_prefetch(memory + i * bytes); }
-  void prefetch_to_write(int i) const { __builtin_prefetch(memory + i * bytes, 1); }
 };
 
 // Elements [0, n) of a group, n <= kGroup; grad: null where none is wanted. Returns the weighted losses. loss_fn: a copy, which no
