@@ -139,6 +139,10 @@ void second_tile(const KernelParams& params, const Tile& tile, const Run& run, d
     if (params.soft) block.soft_targets = params.wide_soft_targets ? wide + start : read(soft + start, n, copies[3]);
     block.out = out == nullptr ? nullptr : to_write(out + start, copies[4]);
     second.along = along == nullptr ? nullptr : to_write(along + start, copies[5]);
+    for (int at = 0; at < n * int(sizeof(T)); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + start) + kPrefetch + at);
+      __builtin_prefetch(reinterpret_cast<const char*>(direction + start) + kPrefetch + at);
+    }
     run(params, second, n, &sum);
     if (out != nullptr) written(out + start, copies[4], n);
     if (along != nullptr) written(along + start, copies[5], n);

@@ -55,8 +55,7 @@ void run_fast(const KernelParams& params, int64_t begin, int64_t end) {
 // for hundreds of elements, so that they are compiled once for each loss and not for each dtype as well.
 template <class S>
 struct BlockLoss {
-  virtual void generic(const KernelParams& params, Block<S>* block, int n, S least, Ahead x, Ahead out,
-                       typename Lanes<S>::Total* sum) const = 0;
+  virtual void generic(const KernelParams& params, Block<S>* block, int n, S least, typename Lanes<S>::Total* sum) const = 0;
   virtual void second(const KernelParams& params, const SecondBlock<S>& block, int n,
                       typename Lanes<S>::Total* sum) const = 0;
   virtual Vec dense(const float* x, const float* target, float* grad, int n, const DenseWeights& weights, Ahead ahead_x,
@@ -66,9 +65,8 @@ template <class S, class Loss>
 struct BlockLossOf final : BlockLoss<S> {
   const Loss loss_fn;
   explicit BlockLossOf(const LossParams& params) : loss_fn(params) {}
-  void generic(const KernelParams& params, Block<S>* block, int n, S least, Ahead x, Ahead out,
-               typename Lanes<S>::Total* sum) const override {
-    generic_block(loss_fn, params, block, n, least, x, out, sum);
+  void generic(const KernelParams& params, Block<S>* block, int n, S least, typename Lanes<S>::Total* sum) const override {
+    generic_block(loss_fn, params, block, n, least, sum);
   }
   void second(const KernelParams& params, const SecondBlock<S>& block, int n, typename Lanes<S>::Total* sum) const override {
     if constexpr (kHasSecond<Loss>) second_block(loss_fn, params, block, n, sum);  // else the operator has refused it
