@@ -15,6 +15,7 @@ enum class Output : int32_t {
   kLossAndGradient,  // these, and the gradient into Level::out
   kGradient,         // the gradient alone
   kElementLoss,      // the loss of each logit into Level::out
+  kSecond,           // partial sums of the gradient times Level::direction, and the gradient of these into Level::out
 };
 
 struct KernelParams {
@@ -136,7 +137,7 @@ FASTFOCAL_HD const uint8_t* class_mask_of(const KernelParams& params, int64_t im
 // Two class weights, nothing per anchor, per element or per image and class.
 FASTFOCAL_HD bool has_constant_weights(const KernelParams& params) {
   return params.anchor_weight == nullptr && params.class_weights == nullptr && params.class_mask == nullptr &&
-         !params.incoming_elements && params.output != Output::kElementLoss;
+         !params.incoming_elements && params.output != Output::kElementLoss && params.output != Output::kSecond;
 }
 
 // The common case has fast kernels: labels, constant weights, and a loss that has one.

@@ -59,6 +59,8 @@ struct Level {
   void* out;                 // gradient or elementwise loss, in the logits' order; null: not wanted
   const void* soft_targets;  // in the logits' order
   const void* incoming;      // elementwise incoming gradient, in the logits' order
+  const void* direction;     // of a second derivative, in the logits' order; null: 0
+  void* along;               // the gradient times direction, elementwise, in the logits' order; null: not wanted
   int64_t first_anchor;      // position of this level's first anchor in the packed labels and in the weights
   int64_t anchors;           // M, anchors of an image
   int64_t image_logits;      // M * K

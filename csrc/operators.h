@@ -34,11 +34,17 @@ struct Operators {
     return PyramidLoss<Device>::backward(grad_outputs, logits, FASTFOCAL_GIVEN_OPTIONS);
   }
 
+  static auto pyramid_loss_double_backward(Tensors grad_gradients, Tensors grad_outputs,
+                                           Tensors logits FASTFOCAL_OPTIONS_PARAMETERS) {
+    return PyramidLoss<Device>::double_backward(grad_gradients, grad_outputs, logits, FASTFOCAL_GIVEN_OPTIONS);
+  }
+
   static void implement(torch::stable::detail::StableLibrary& m) {
     m.impl("pack_labels", TORCH_BOX(&PackLabels<Device>::pack_labels));
     m.impl("pyramid_loss", TORCH_BOX(&pyramid_loss));
     m.impl("pyramid_loss_", TORCH_BOX(&pyramid_loss_));
     m.impl("pyramid_loss_backward", TORCH_BOX(&pyramid_loss_backward));
+    m.impl("pyramid_loss_double_backward", TORCH_BOX(&pyramid_loss_double_backward));
     m.impl("scale_gradients", TORCH_BOX(&ScaleGradients<Device>::scale_gradients));
     m.impl("scale_gradients_", TORCH_BOX(&ScaleGradients<Device>::scale_gradients_));
   }

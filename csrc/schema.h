@@ -1,4 +1,4 @@
-// The table of options: one declaration of the arguments that say what is computed, the same in three operators. The schemas, the
+// The table of options: one declaration of the arguments that say what is computed, the same in four operators. The schemas, the
 // struct Options and the operators' parameter lists are all made of it.
 #pragma once
 
@@ -76,6 +76,9 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def("pyramid_loss(Tensor[] logits" FASTFOCAL_OPTIONS_SCHEMA ") -> (Tensor[] losses, Tensor[] gradients)");
   m.def("pyramid_loss_(Tensor(a!)[] logits, Tensor(b!)[] losses" FASTFOCAL_OPTIONS_SCHEMA ") -> ()");
   m.def("pyramid_loss_backward(Tensor[] grad_outputs, Tensor[] logits" FASTFOCAL_OPTIONS_SCHEMA ") -> Tensor[]");
+  m.def(
+      "pyramid_loss_double_backward(Tensor[] grad_gradients, Tensor[] grad_outputs, Tensor[] logits" FASTFOCAL_OPTIONS_SCHEMA
+      ") -> (Tensor[] grad_grad_outputs, Tensor[] grad_logits)");
   m.def("scale_gradients(Tensor[] gradients, Tensor grad_output, int reduction) -> Tensor[]");
   m.def("scale_gradients_(Tensor(a!)[] gradients, Tensor grad_output, int reduction) -> ()");
 }

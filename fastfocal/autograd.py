@@ -15,8 +15,8 @@ from torch.compiler import is_compiling
 
 from fastfocal import ops
 from fastfocal.ops import OperatorOptions
-from fastfocal.registration import NO_SECOND_DERIVATIVE, in_order_of, refuse_batched, times
-from fastfocal.saved import describe, has_hooks, restore
+from fastfocal.registration import in_order_of, refuse_batched, times
+from fastfocal.saved import Kept, describe, has_hooks, restore
 
 # Within it operators are called past their own derivative, which costs some microseconds and is not wanted here.
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -32,6 +32,16 @@ def graph_is_kept() -> bool:
 def is_one_number(gradient: Tensor) -> bool:
     """Whether it is one number expanded, as sum() and mean() hand back."""
     return not is_compiling() and not any(gradient.stride())
+
+
+NO_SECOND_IN_PLACE = (
+    'fastfocal: grad_mode="inplace" has written over the logits, which a second derivative (create_graph=True) is made of; '
+    'pass grad_mode="save" or "recompute"'
+)
+NO_SECOND_WITH_HOOKS = (
+    'fastfocal: with grad_mode="save" no logits are kept under saved-tensor hooks or torch.utils.checkpoint, and a second '
+    'derivative (create_graph=True) is made of them; pass grad_mode="recompute"'
+)
 
 
 Memory = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
@@ -62,6 +72,38 @@ class Recorded(NamedTuple):
     copied: list[Memory | None] | None  # None: no level was
 
 
+# What a second derivative is made of where a gradient is saved: the logits, the options, the memory order that the kernels read
+# where the logits were copied for it, and the versions of all that the caller may write to. References, for as long as the
+# node's saved tensors. Not saved for backward: a first derivative does not need them, and they may be written to before it.
+Again = tuple[tuple[Tensor, ...], OperatorOptions, Kept | None, list[int]]
+
+
+def versions_of(logits: tuple[Tensor, ...], options: OperatorOptions) -> list[int]:
+    """Of the tensors that may be the caller's own; the other options are copies. An inference tensor has none."""
+    versions = [t._version for t in logits]
+    for t in (options.divisor, options.class_mask, *(options.soft_targets or ())):
+        if t is not None and not t.is_inference():
+            versions.append(t._version)
+    return versions
+
+
+def what_again_reads(again: Again) -> tuple[list[Tensor], OperatorOptions]:
+    """The logits in the order that the kernels read, and the options.
+
+    Raises:
+        RuntimeError: one of the tensors has been written to.
+    """
+    logits, options, kept, versions = again
+    now = versions_of(logits, options)
+    if now != versions:
+        written = "logits" if now[: len(logits)] != versions[: len(logits)] else "targets, mask or normalizer"
+        raise RuntimeError(
+            f"fastfocal: {written} modified in place since the loss was computed; a second derivative (create_graph=True) is "
+            "made of what they were"
+        )
+    return list(logits) if kept is None else restore(logits, kept), options
+
+
 class PyramidLossFunction(torch.autograd.Function):
     """(logits of every level) -> (loss,), or one elementwise loss per level."""
 
@@ -70,10 +112,14 @@ class PyramidLossFunction(torch.autograd.Function):
         mode, options, dense, needs_grad, copied = recorded
         hooked = has_hooks()
         saved: list[Any]
+        ctx.again = None
         if mode == "recompute":
             with below_autograd():
                 losses, _ = ops.pyramid_loss(dense, options, [0] * len(dense))
-            saved = [*dense, *options.tensors()]
+            saved = [
+                *logits,
+                *options.tensors(),
+            ]  # the logits themselves, so that autograd knows whose derivative it is
             ctx.options = options.without_tensors()
         elif mode == "inplace":
             # All that may fail comes before the first write.
@@ -85,23 +131,30 @@ class PyramidLossFunction(torch.autograd.Function):
         else:
             with below_autograd():
                 losses, saved = ops.pyramid_loss(dense, options, needs_grad)
+            if not hooked:
+                read = None if copied is None else describe(dense, hooked=False)
+                ctx.again = logits, options, read, versions_of(logits, options)
         # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
         # without a copy.
         ctx.save_for_backward(*saved)
         # Gradients in other memory are the same gradients; what is read together has to lie as it did.
-        kept = describe(saved, hooked) if hooked or mode == "recompute" else None
+        as_read = [*dense, *saved[len(dense) :]] if mode == "recompute" else saved
+        kept = describe(as_read, hooked) if hooked or mode == "recompute" else None
         ctx.kept = mode, options.reduction, needs_grad, copied, hooked, kept
         return tuple(losses)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_SECOND_DERIVATIVE)
         if not is_compiling():
             refuse_batched(grad_outputs[0])
         mode, reduction, needs_grad, copied, hooked, kept = ctx.kept
         gradients = list(ctx.saved_tensors) if kept is None else restore(ctx.saved_tensors, kept)
-        if mode == "recompute":
+        again = ctx.again
+        if again is not None and not graph_is_kept():
+            ctx.again = None  # with the saved tensors
+        if torch.is_grad_enabled():
+            gradients = PyramidLossFunction.differentiable(ctx, gradients, again, grad_outputs)
+        elif mode == "recompute":
             gradients = recomputed(gradients, grad_outputs, needs_grad, ctx.options)
         elif reduction == ops.NONE:
             gradients = [
@@ -120,6 +173,30 @@ class PyramidLossFunction(torch.autograd.Function):
         if copied is not None:
             found = [None if t is None else in_memory(t, memory) for t, memory in zip(found, copied, strict=True)]
         return (None, *found)
+
+    @staticmethod
+    def differentiable(
+        ctx: Any, saved: list[Tensor], again: Again | None, grad_outputs: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """The gradients, made of the logits by the operator that carries its own derivative.
+
+        Raises:
+            RuntimeError: the logits are not there any more.
+        """
+        mode, reduction, needs_grad, *_ = ctx.kept
+        levels = len(needs_grad)
+        if mode == "recompute":
+            dense, options = saved[:levels], ctx.options.with_tensors(saved[levels:])
+        elif mode == "inplace":
+            raise RuntimeError(NO_SECOND_IN_PLACE)
+        elif again is None:
+            raise RuntimeError(NO_SECOND_WITH_HOOKS)
+        else:
+            dense, options = what_again_reads(again)
+        incoming = list(grad_outputs)
+        if reduction == ops.NONE:
+            incoming = [in_order_of(t, g) for g, t in zip(incoming, dense, strict=True)]
+        return ops.pyramid_loss_backward(incoming, dense, options, needs_grad)
 
 
 def recomputed(

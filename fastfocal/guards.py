@@ -16,7 +16,8 @@ from torch.compiler import is_compiling
 from fastfocal import _C
 
 OPERATORS = (
-    "pack_labels", "pyramid_loss", "pyramid_loss_", "pyramid_loss_backward", "scale_gradients", "scale_gradients_",
+    "pack_labels", "pyramid_loss", "pyramid_loss_", "pyramid_loss_backward", "pyramid_loss_double_backward",
+    "scale_gradients", "scale_gradients_",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_S
 
 @dataclass(eq=False)  # not frozen, which costs a microsecond; nothing changes it
 class OperatorOptions:
-    """What `pyramid_loss`, `pyramid_loss_` and `pyramid_loss_backward` take beside logits and flags, in the schema's order.
+    """What `pyramid_loss`, its in-place twin and its derivatives take beside logits and flags, in the schema's order.
 
     They are passed on by name; `arguments` and `named` are the only places that know of an order.
     """
@@ -132,6 +132,23 @@ def pyramid_loss_backward(
     """The gradients, of the incoming ones and the logits."""
     of = operators if namespace is None else namespace
     return of.pyramid_loss_backward(grad_outputs, logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
+
+
+def pyramid_loss_double_backward(
+    grad_gradients: list[Tensor],
+    grad_outputs: list[Tensor],
+    logits: list[Tensor],
+    options: OperatorOptions,
+    needs_grad: list[int],
+    namespace: Any = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of `pyramid_loss_backward`: of its incoming gradients, and of the logits.
+
+    grad_gradients: as the gradients lie; an empty tensor for a level that has none.
+    """
+    of = operators if namespace is None else namespace
+    arguments = options.arguments(needs_grad)
+    return of.pyramid_loss_double_backward(grad_gradients, grad_outputs, logits, *arguments)  # type: ignore[no-any-return]
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

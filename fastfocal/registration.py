@@ -2,13 +2,13 @@
 
 An eager call of the loss records `autograd.PyramidLossFunction` itself and calls the operators below autograd: that costs
 least. Everything else (``torch.compile``, ``torch.export``, ``torch.func``, forward mode, a direct call of
-``torch.ops.fastfocal``) meets the operators, so they carry their own derivative: `pyramid_loss` the true one, the others a
-node that raises.
+``torch.ops.fastfocal``) meets the operators, so they carry their own derivative: `pyramid_loss` and `pyramid_loss_backward` the
+true one, the others a node that raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,11 @@ from fastfocal.ops import IMAGE, LEVEL, NONE, OperatorOptions, accumulation_dtyp
 from fastfocal.saved import describe, restore
 
 NO_SECOND_DERIVATIVE = (
-    "fastfocal: a second derivative of the focal loss (create_graph=True, torch.func.hessian) is not supported yet; "
-    "fastfocal.reference supports it"
+    "fastfocal: gradients that were made in forward have no second derivative; torch.compile makes them there unless the loss "
+    'has grad_mode="recompute"'
+)
+NO_THIRD_DERIVATIVE = (
+    "fastfocal: a third derivative of the loss is not supported; fastfocal.reference has derivatives of any order"
 )
 NO_FORWARD_OVER_REVERSE = (
     'fastfocal: forward mode over logits that require grad needs grad_mode="recompute" under torch.compile'
@@ -78,6 +81,15 @@ def pyramid_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *arg
     return gradients_like(logits, needs_grad)
 
 
+def pyramid_loss_double_backward(
+    grad_gradients: list[Tensor], grad_outputs: list[Tensor], logits: list[Tensor], *arguments: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    options, needs_grad = OperatorOptions.named(arguments)
+    elementwise = options.reduction == NONE
+    along = [torch.empty_like(t) for t in logits] if elementwise else [g.new_empty(g.shape) for g in grad_outputs]
+    return along, gradients_like(logits, needs_grad)
+
+
 def scale_gradients(gradients: list[Tensor], grad_output: Tensor, reduction: int) -> list[Tensor]:
     return [torch.empty_like(t) for t in gradients]
 
@@ -86,7 +98,15 @@ def scale_gradients_(gradients: list[Tensor], grad_output: Tensor, reduction: in
     return None
 
 
-SHAPES = (pack_labels, pyramid_loss, pyramid_loss_, pyramid_loss_backward, scale_gradients, scale_gradients_)
+SHAPES = (
+    pack_labels,
+    pyramid_loss,
+    pyramid_loss_,
+    pyramid_loss_backward,
+    pyramid_loss_double_backward,
+    scale_gradients,
+    scale_gradients_,
+)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -191,9 +211,7 @@ class PyramidLossDerivative(_SingleLevelFunction):
     @staticmethod
     def directional(ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         logits, options = ctx.for_jvp
-        reduction = options.reduction
-        # Without the tangents of this level; not by `forward_ad`, which a compiled graph does not tell of its level.
-        logits = [torch._VF._unpack_dual(t, level=0)[0] for t in logits]  # type: ignore[attr-defined]
+        reduction, logits = options.reduction, without_tangents(logits)
         dtype = accumulation_dtype(logits[0].dtype)
         if reduction == NONE:
             ones = [torch.ones_like(t) for t in logits]
@@ -216,6 +234,117 @@ class PyramidLossDerivative(_SingleLevelFunction):
 
 
 NOT_LOGITS = 4  # what forward takes before them
+
+
+class GradientsDerivative(_SingleLevelFunction):
+    """The operator `pyramid_loss_backward` as autograd sees it: (incoming gradients, logits of every level) -> gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: OperatorCall,
+        options: OperatorOptions,
+        needs_grad: list[int],
+        for_jvp: list[Any],
+        incoming: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """incoming: how many of the tensors are incoming gradients; the others are the logits."""
+        grad_outputs, logits = list(tensors[:incoming]), list(tensors[incoming:])
+        gradients = call(grad_outputs, logits, *options.arguments(needs_grad))
+        ctx.set_materialize_grads(False)
+        ctx.operators, ctx.incoming = getattr(torch.ops, call.namespace), incoming
+        ctx.options = options.without_tensors()
+        in_order = [*logits, *options.tensors()]
+        ctx.kept = describe(in_order, hooked=True)
+        ctx.save_for_backward(*grad_outputs, *in_order)
+        ctx.for_jvp = for_jvp
+        for_jvp += [grad_outputs, logits, options, needs_grad]
+        return tuple(gradients)
+
+    @staticmethod
+    @torch._disable_dynamo
+    def backward(ctx: Any, *grad_gradients: Tensor | None) -> tuple[Any, ...]:
+        nothing = [None] * NOT_TENSORS
+        needed = [int(need) for need in ctx.needs_input_grad[NOT_TENSORS:]]
+        if all(g is None for g in grad_gradients):
+            return (*nothing, *[None] * len(needed))
+        for g in grad_gradients:
+            refuse_batched(g)
+        grad_outputs, in_order = ctx.saved_tensors[: ctx.incoming], restore(ctx.saved_tensors[ctx.incoming :], ctx.kept)
+        levels = len(grad_gradients)
+        logits, options = in_order[:levels], ctx.options.with_tensors(in_order[levels:])
+        found = second_derivative(
+            grad_gradients, list(grad_outputs), logits, options, needed[ctx.incoming :], ctx.operators
+        )
+        return (*nothing, *(t if need else None for t, need in zip((*found[0], *found[1]), needed, strict=True)))
+
+    @staticmethod
+    @torch._disable_dynamo
+    def jvp(
+        ctx: Any, _call: None, _options: None, _needs: None, _: None, _incoming: None, *tangents: Tensor | None
+    ) -> Any:
+        """Linear in the incoming gradients; by the logits a diagonal, so the tangents' product is what backward computes."""
+        with forward_ad._set_fwd_grad_enabled(True):  # as in `PyramidLossDerivative.jvp`
+            return GradientsDerivative.directional(ctx, tangents[: ctx.incoming], tangents[ctx.incoming :])
+
+    @staticmethod
+    def directional(
+        ctx: Any, of_incoming: tuple[Tensor | None, ...], of_logits: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, ...]:
+        grad_outputs, logits, options, needs_grad = ctx.for_jvp
+        grad_outputs, logits = without_tangents(grad_outputs), without_tangents(logits)
+        found = [torch.zeros_like(t) if need else t.new_empty(0) for t, need in zip(logits, needs_grad, strict=True)]
+        if any(t is not None for t in of_incoming):
+            given = [torch.zeros_like(g) if t is None else t for t, g in zip(of_incoming, grad_outputs, strict=True)]
+            if options.reduction == NONE:
+                given = [in_order_of(t, g) for g, t in zip(given, logits, strict=True)]
+            found = ops.pyramid_loss_backward(given, logits, options, needs_grad, ctx.operators)
+        if any(t is not None for t in of_logits):
+            _, seconds = second_derivative(of_logits, grad_outputs, logits, options, needs_grad, ctx.operators)
+            found = [a + b for a, b in zip(found, seconds, strict=True)]
+        return tuple(found)
+
+
+NOT_TENSORS = 5  # what forward takes before them
+
+
+def without_tangents(tensors: list[Tensor]) -> list[Tensor]:
+    """Those of the running level; not by `forward_ad`, which a compiled graph does not tell of its level."""
+    return [torch._VF._unpack_dual(t, level=0)[0] for t in tensors]  # type: ignore[attr-defined]
+
+
+def second_derivative(
+    grad_gradients: Sequence[Tensor | None],
+    grad_outputs: list[Tensor],
+    logits: list[Tensor],
+    options: OperatorOptions,
+    needs_grad: list[int],
+    operators: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`pyramid_loss_double_backward` of what autograd has."""
+    given = [
+        t.new_empty(0) if g is None or g.shape != t.shape else in_order_of(t, g)
+        for g, t in zip(grad_gradients, logits, strict=True)
+    ]
+    if options.reduction == NONE:
+        grad_outputs = [in_order_of(t, g) for g, t in zip(grad_outputs, logits, strict=True)]
+    try:
+        return ops.pyramid_loss_double_backward(given, grad_outputs, logits, options, needs_grad, operators)
+    except RuntimeError as error:
+        if "has no second derivative" not in str(error):
+            raise
+        raise RuntimeError(no_second_derivative_of(options.loss)) from None
+
+
+def no_second_derivative_of(kind: int) -> str:
+    from fastfocal.losses import LOSSES  # which imports this file
+
+    for member in LOSSES:
+        if member.parameters.kind == kind:
+            name = member.parameters.name
+            return f"fastfocal: {name} has no second derivative (create_graph=True); fastfocal.reference.{name} has"
+    return f"fastfocal: loss {kind} has no second derivative (create_graph=True)"
 
 
 def refuse_batched(grad_output: Tensor | None) -> None:
@@ -248,21 +377,23 @@ class NotDifferentiated(_SingleLevelFunction):
     """An operator whose results, or what it wrote to, may be used but not differentiated."""
 
     @staticmethod
-    def forward(ctx: Any, call: OperatorCall, args: tuple[Any, ...], *_: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, call: OperatorCall, why: str, args: tuple[Any, ...], *_: Tensor) -> tuple[Tensor, ...]:
+        """why: the words of the error."""
+        ctx.why = why
         results = call(*args)
         if results is not None:
-            return tuple(results)
+            return tuple(tensors_of(results) if isinstance(results[0], Tensor) else [*results[0], *results[1]])
         written: list[Tensor] = args[0]
         ctx.mark_dirty(*written)
         return tuple(written)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+        raise RuntimeError(ctx.why)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)
+        raise RuntimeError(ctx.why)
 
 
 def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
@@ -285,7 +416,14 @@ def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
         with enable_single_level_autograd_function():
             if name == "pyramid_loss":
                 return differentiated_loss(call, *args)
-            results = NotDifferentiated.apply(call, args, *tensors)  # type: ignore[attr-defined]
+            if name == "pyramid_loss_backward":
+                return differentiated_gradients(call, *args)
+            second = name == "pyramid_loss_double_backward"
+            why = NO_THIRD_DERIVATIVE if second else NO_SECOND_DERIVATIVE
+            results = NotDifferentiated.apply(call, why, args, *tensors)  # type: ignore[attr-defined]
+        if second:
+            levels = len(args[2])
+            return list(results[:-levels]), list(results[-levels:])
         return None if name.endswith("_") else list(results)
 
     return kernel
@@ -293,13 +431,29 @@ def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
 
 def differentiated_loss(call: OperatorCall, logits: list[Tensor], *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     options, made = OperatorOptions.named(arguments)
-    if call.grad_mode and any(t is not None and t.requires_grad for t in options.tensors()):
-        raise RuntimeError("fastfocal: targets, weights and divisors are not differentiated; detach() them")
+    check_not_differentiated(call, options)
     for_jvp: list[Any] = []
     results = PyramidLossDerivative.apply(call, options, made, for_jvp, *logits)  # type: ignore[attr-defined]
     for_jvp.clear()  # it has been called by now, and the node lives on
     losses = len(logits) if options.reduction == NONE else 1
     return list(results[:losses]), list(results[losses:])
+
+
+def differentiated_gradients(
+    call: OperatorCall, grad_outputs: list[Tensor], logits: list[Tensor], *arguments: Any
+) -> list[Tensor]:
+    options, needs_grad = OperatorOptions.named(arguments)
+    check_not_differentiated(call, options)
+    for_jvp: list[Any] = []
+    tensors = (*grad_outputs, *logits)
+    results = GradientsDerivative.apply(call, options, needs_grad, for_jvp, len(grad_outputs), *tensors)  # type: ignore[attr-defined]
+    for_jvp.clear()
+    return list(results)
+
+
+def check_not_differentiated(call: OperatorCall, options: OperatorOptions) -> None:
+    if call.grad_mode and any(t is not None and t.requires_grad for t in options.tensors()):
+        raise RuntimeError("fastfocal: targets, weights and divisors are not differentiated; detach() them")
 
 
 # --- vmap -------------------------------------------------------------------------------------------------------------
@@ -314,17 +468,24 @@ def one_entry(value: Any, dims: Any, index: int) -> Any:
 
 
 def entry_by_entry(operator: Any) -> Callable[..., Any]:
-    """A backward over many incoming gradients (``torch.func.jacrev``): one after the other."""
+    """A backward over many incoming gradients or directions (``torch.func.jacrev``, ``hessian``): one after the other."""
 
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         results = [
             operator(*[one_entry(value, dims, i) for value, dims in zip(args, in_dims, strict=True)])
             for i in range(info.batch_size)
         ]
-        stacked = [torch.stack(entries) for entries in zip(*results, strict=True)]
-        return stacked, [0] * len(stacked)
+        if isinstance(results[0], tuple):  # of two lists
+            pair = [stacked(part) for part in zip(*results, strict=True)]
+            return tuple(part for part, _ in pair), tuple(dims for _, dims in pair)
+        return stacked(results)
 
     return rule
+
+
+def stacked(results: Sequence[list[Tensor]]) -> tuple[list[Tensor], list[int]]:
+    found = [torch.stack(entries) for entries in zip(*results, strict=True)]
+    return found, [0] * len(found)
 
 
 def backward_of_entry(operator: Any) -> Callable[..., Any]:
@@ -335,6 +496,19 @@ def backward_of_entry(operator: Any) -> Callable[..., Any]:
         if options.reduction == NONE:
             grad_outputs = [in_order_of(t, g) for g, t in zip(grad_outputs, logits, strict=True)]
         return operator(grad_outputs, logits, *arguments)  # type: ignore[no-any-return]
+
+    return call
+
+
+def double_backward_of_entry(operator: Any) -> Callable[..., Any]:
+    def call(
+        grad_gradients: list[Tensor], grad_outputs: list[Tensor], logits: list[Tensor], *arguments: Any
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        options, _ = OperatorOptions.named(arguments)
+        if options.reduction == NONE:
+            grad_outputs = [in_order_of(t, g) for g, t in zip(grad_outputs, logits, strict=True)]
+        given = [in_order_of(t, g) if g.numel() else g for g, t in zip(grad_gradients, logits, strict=True)]
+        return operator(given, grad_outputs, logits, *arguments)  # type: ignore[no-any-return]
 
     return call
 
@@ -361,6 +535,7 @@ def register(namespace: str) -> None:
         operator = getattr(getattr(torch.ops, namespace), name)
         rules = {
             "pyramid_loss_backward": entry_by_entry(backward_of_entry(operator)),
+            "pyramid_loss_double_backward": entry_by_entry(double_backward_of_entry(operator)),
             "scale_gradients": entry_by_entry(operator),
         }
         torch.library.register_vmap(f"{namespace}::{name}", rules.get(name, refuse_vmap))

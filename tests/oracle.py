@@ -1,4 +1,4 @@
-"""Focal loss and its gradient in float64 numpy, written from the definition, to hold every kernel against.
+"""Focal loss and its derivatives in float64 numpy, written from the definition, to hold every kernel against.
 
 The binary term is Lin et al., "Focal Loss for Dense Object Detection" (arXiv:1708.02002), equations 1, 4 and 5:
 
@@ -101,6 +101,39 @@ def element_gradient(
     return gradient, magnitude
 
 
+def element_second_derivative(
+    x: Array,
+    y: Array,
+    *,
+    alpha: Array | float | None = 0.25,
+    gamma: float = 2.0,
+    label_smoothing: float = 0.0,
+    detached: bool = False,
+) -> tuple[Array, Array]:
+    """d2FL/dx2 by the product rule, and the sum of its terms' magnitudes: w^gamma CE has
+
+        w^gamma * CE'' + 2 (w^gamma)' * CE' + (w^gamma)'' * CE
+
+    with CE' = p - y', CE'' = p (1 - p) and, as w' = (1 - 2y) p (1 - p) and p' = p (1 - p), for R = w' / w
+
+        (w^gamma)' = w^gamma * gamma R            (w^gamma)'' = w^gamma * gamma R ((gamma - 1) R + 1 - 2p).
+
+    `detached` leaves the last two terms out.
+    """
+    x = np.clip(x, -1e300, 1e300)
+    x, y = np.broadcast_arrays(x, np.asarray(y, dtype=x.dtype))
+    p, not_p, ce, modulating = _parts(x, y, gamma, label_smoothing)
+    smooth = y * (1 - label_smoothing) + label_smoothing / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        quotient = np.where(y == 0, not_p, np.where(y == 1, p, p * not_p / (p * (1 - y) + not_p * y)))
+    growth = 0.0 if detached else gamma * (1 - 2 * y) * quotient
+    mixed = 2 * growth * (p * (1 - smooth) - not_p * smooth)
+    bent = growth * ((gamma - 1) * (1 - 2 * y) * quotient + (not_p - p)) * ce
+    factor = _alpha_t(y, alpha) * modulating
+    magnitude = factor * (p * not_p + 2 * np.abs(growth) * (p * (1 - smooth) + not_p * smooth) + np.abs(bent))
+    return factor * (p * not_p + mixed + bent), magnitude
+
+
 def star_loss(
     x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, beta: float = 1.0
 ) -> Array:
@@ -120,6 +153,16 @@ def star_gradient(
     return gradient, np.abs(gradient)
 
 
+def star_second_derivative(
+    x: Array, y: Array, *, alpha: Array | float | None = 0.25, gamma: float = 2.0, beta: float = 1.0
+) -> tuple[Array, Array]:
+    """d2FL*/dx2 = alpha_t (2 y - 1)^2 gamma sigmoid(.) (1 - sigmoid(.)), of gamma x_t + beta; a single term."""
+    x, y = np.broadcast_arrays(x, np.asarray(y, dtype=np.asarray(x).dtype))
+    right, wrong = _probabilities(gamma * _times(2 * y - 1, x) + beta)
+    second = _alpha_t(y, alpha) * (1 - 2 * y) ** 2 * gamma * right * wrong
+    return second, np.abs(second)
+
+
 @dataclass(frozen=True)
 class Expected:
     loss: Any  # float, (L,), (N,) or a list of arrays, by the reduction
@@ -128,6 +171,8 @@ class Expected:
     positives: Array  # (N,)
     sizes: Any = None  # as loss, of the terms' magnitudes: weights may have either sign
     factors: Sequence[Array] = ()  # what each logit's bare term is multiplied by, alpha aside
+    seconds: Sequence[Array] = ()  # second derivatives of the summed loss, one per level: nothing mixes two logits
+    second_magnitudes: Sequence[Array] = ()  # of their terms
 
 
 def _indices(shape: tuple[int, ...], classes: int) -> tuple[Array, Array, Array, int]:
@@ -215,6 +260,7 @@ def oracle_focal_loss(
 
     per_anchor = None if weight is None else _by_level(weight, images, anchors)
     losses, grads, magnitudes, factors = [], [], [], []
+    seconds, second_magnitudes = [], []
     for level, (x, (n, m, k, _)) in enumerate(zip(levels, index, strict=True)):
         class_alpha = None if alpha is None else np.asarray(alpha, dtype=np.float64)
         if class_alpha is not None and class_alpha.ndim:
@@ -228,9 +274,17 @@ def oracle_focal_loss(
         loss_of = element_loss if beta is None else star_loss
         gradient_of = partial(element_gradient, detached=detach_modulating_factor) if beta is None else star_gradient
         gradient, magnitude = gradient_of(x, y[level], **options)
+        second_of = (
+            partial(element_second_derivative, detached=detach_modulating_factor)
+            if beta is None
+            else star_second_derivative
+        )
+        second, second_magnitude = second_of(x, y[level], **options)
         losses.append(np.where(kept[level], _times(factor, loss_of(x, y[level], **options)), zero))
         grads.append(np.where(kept[level], factor * gradient, zero))
         magnitudes.append(np.where(kept[level], np.abs(factor) * magnitude, zero))
+        seconds.append(np.where(kept[level], factor * second, zero))
+        second_magnitudes.append(np.where(kept[level], np.abs(factor) * second_magnitude, zero))
         factors.append(np.where(kept[level], factor + zero, zero))
 
     def reduced(parts: list[Array]) -> Any:
@@ -245,4 +299,4 @@ def oracle_focal_loss(
 
     with np.errstate(invalid="ignore"):  # inf - inf, where weights have both signs
         sizes = reduced([np.abs(part) for part in losses])
-        return Expected(reduced(losses), grads, magnitudes, positives, sizes, factors)
+        return Expected(reduced(losses), grads, magnitudes, positives, sizes, factors, seconds, second_magnitudes)

@@ -63,6 +63,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "soft_recompute": {"soft": True, "normalizer": 2.0, "grad_mode": "recompute"},
     "without_gradient": {"no_grad": True},
     "some_levels": {"some": True},
+    "second": {"second": True, "grad_mode": "save", "scale": 3.0},
+    "second_by_image": {"second": True, "reduction": "image", "layout": "channels_last"},
+    "second_unreduced": {"second": True, "reduction": "none", "soft": True, "normalizer": None},
+    "second_of_some_levels": {"second": True, "some": True, "reduction": "level"},
 }
 
 
@@ -77,6 +81,7 @@ def calls_of(
     no_grad: bool = False,
     some: bool = False,
     backwards: int = 1,
+    second: bool = False,
     **options: Any,
 ) -> list[Call]:
     levels, labels = problem(dtype, layout)
@@ -93,7 +98,9 @@ def calls_of(
             wanted = [x for x in given if x.requires_grad]
             for left in reversed(range(backwards)):
                 incoming = [torch.full_like(part, scale) for part in parts]
-                torch.autograd.grad(parts, wanted, incoming, retain_graph=left > 0)
+                grads = torch.autograd.grad(parts, wanted, incoming, retain_graph=left > 0, create_graph=second)
+                if second:
+                    torch.autograd.grad(grads, wanted, [torch.ones_like(g) for g in grads])
     return recorder.calls
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastfocal
 from fastfocal import guards, ops
-from fastfocal.ops import COUNT_SCORES, FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL
+from fastfocal.ops import BCE, COUNT_SCORES, FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL
 
 N, A, K = 2, 2, 3
 CELLS = ((4, 3), (2, 2), (1, 1))
@@ -78,8 +78,10 @@ def make(operator: str, device: torch.device) -> Call:
     before: Call = {"logits": logits}
     if operator == "pyramid_loss_":
         before["losses"] = [torch.zeros((), device=device)]
-    if operator == "pyramid_loss_backward":
+    if operator in ("pyramid_loss_backward", "pyramid_loss_double_backward"):
         before = {"grad_outputs": [torch.tensor(3.0, device=device)], **before}
+    if operator == "pyramid_loss_double_backward":
+        before = {"grad_gradients": [torch.ones_like(t) for t in logits], **before}
     return {**before, **make_options(device)}
 
 
@@ -496,6 +498,28 @@ ON_INCOMING: dict[str, tuple[Change, str]] = {
         r"grad_outputs\[1\]: expected a storage",
     ),
 }
+ON_DIRECTIONS: dict[str, tuple[Change, str]] = {
+    **ON_INCOMING,
+    "directions_levels": (
+        put("grad_gradients", lambda call: call["grad_gradients"][:2]),
+        "grad_gradients: expected 3 tensors, got 2",
+    ),
+    "directions_none": (put("grad_gradients", []), "grad_gradients: expected 3 tensors, got 0"),
+    "directions_shape": (put_level("grad_gradients", lambda t: t[:1]), r"grad_gradients\[1\]: .*got \(1, 6, 2, 2\)"),
+    "directions_rank": (put_level("grad_gradients", lambda t: t.flatten(2)), r"grad_gradients\[1\]: .*\(2, 6, 4\)"),
+    "directions_order": (put_level("grad_gradients", expanded), r"grad_gradients\[1\]: .*got other strides"),
+    "directions_dtype": (put_level("grad_gradients", Tensor.half), r"grad_gradients\[1\]: expected Float, got Half"),
+    "directions_empty_dtype": (
+        put_level("grad_gradients", lambda t: t.new_empty(0, dtype=torch.int64)),
+        r"grad_gradients\[1\]: expected Float, got Long",
+    ),
+    "directions_storage": (put_level("grad_gradients", resized), r"grad_gradients\[1\]: expected a storage"),
+    "directions_meta": (put_level("grad_gradients", lambda t: t.to("meta")), META),
+    "no_second_derivative": (
+        lambda call: call.update(loss=BCE, loss_parameters=[0.0]),
+        "loss: 6 has no second derivative",
+    ),
+}
 ON_GRADIENTS: dict[str, tuple[Change, str]] = {
     "other_dtype": (put_level("gradients", Tensor.double), r"gradients\[1\]: expected Float, got Double"),
     "narrower_dtype": (put_level("gradients", Tensor.half), r"gradients\[1\]: expected Float, got Half"),
@@ -566,6 +590,7 @@ CASES = {
     "pyramid_loss": ON_OPTIONS,
     "pyramid_loss_": ON_LOSSES,
     "pyramid_loss_backward": ON_INCOMING,
+    "pyramid_loss_double_backward": ON_DIRECTIONS,
     "scale_gradients": ON_GRADIENTS,
     "scale_gradients_": ON_GRADIENTS_IN_PLACE,
 }

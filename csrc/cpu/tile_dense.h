@@ -30,12 +30,12 @@ struct Ahead {
   const char* memory;
   int bytes;
   void prefetch(int i) const { __builtin_prefetch(memory + i * bytes); }
-  void prefetch_to_write(int i) const { __builtin_prefetch(memory + i * bytes, 1); }
 };
 
-// Elements [0, n) of a group, n <= kGroup; grad: null where none is wanted. Returns the weighted losses.
+// Elements [0, n) of a group, n <= kGroup; grad: null where none is wanted. Returns the weighted losses. loss_fn: a copy, which no
+// store can change.
 template <class Loss>
-Vec dense_group(const Loss& loss_fn, const float* x, const float* target, float* grad, int n, const DenseWeights& weights,
+Vec dense_group(const Loss loss_fn, const float* x, const float* target, float* grad, int n, const DenseWeights& weights,
                 Ahead ahead_x, Ahead ahead_target) {
   // The sum takes the bare weights, the gradient the scaled ones: a zero scale must not make an infinite loss NaN.
   const Vec negative(weights.negative), positive(weights.positive), scaled(weights.scale);

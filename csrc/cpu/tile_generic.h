@@ -46,13 +46,17 @@ struct Lanes<double> {
 template <class S>
 struct Block {
   static constexpr int kMost = 256;
-  const S *logits, *soft_targets, *incoming;       // the latter two null where there are none
-  S* out;                                          // null: nothing is wanted; may be where the logits are
-  S negative[kMost], positive[kMost] = {};         // weights, times the scale; with labels, positive ones where target is 1
-  S target[kMost] = {}, ignored[kMost] = {};       // from labels and the class mask, 0 or 1
-  S score[kMost] = {};                             // where target is 1
-  bool any_positive = false, any_ignored = false;  // of these
-  S exponential[kMost], logarithm[kMost];          // the first steps of negatives (see kTogether)
+  // Whole vectors begin at cache lines.
+  alignas(64) S negative[kMost];  // weights, times the scale;
+  S positive[kMost] = {};         // with labels, positive ones where target is 1
+  S target[kMost] = {};           // from labels, 0 or 1
+  S ignored[kMost] = {};          // from these and the class mask, 0 or 1
+  S score[kMost] = {};            // where target is 1
+  S exponential[kMost];           // the first steps of negatives (see kTogether)
+  S logarithm[kMost];
+  bool any_positive = false, any_ignored = false;
+  const S *logits, *soft_targets, *incoming;  // the latter two null where there are none
+  S* out;                                     // null: nothing is wanted; may be where the logits are
 };
 
 template <class S>
@@ -102,6 +106,9 @@ class Gather {
   static void fill(S* p, int n, S x) {
     for (int i = 0; i < n; ++i) p[i] = x;
   }
+  static void times(const S* __restrict__ from, int n, S x, S* __restrict__ to) {
+    for (int i = 0; i < n; ++i) to[i] = x * from[i];
+  }
   S weight_of(int64_t anchor) const {
     return params_.anchor_weight == nullptr ? scale_ : scale_ * static_cast<const S*>(params_.anchor_weight)[anchor];
   }
@@ -115,8 +122,14 @@ class Gather {
   // Classes k, k + 1, ... of one anchor.
   void weigh_row(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
     const S weight = weight_of(anchor);
-    for (int i = 0; i < count; ++i) block->negative[begin + i] = weight * negative_weight<S>(params_, k + i);
-    for (int i = 0; params_.soft && i < count; ++i) block->positive[begin + i] = weight * positive_weight<S>(params_, k + i);
+    const S* const weights = static_cast<const S*>(params_.class_weights);
+    if (weights == nullptr) {
+      fill(block->negative + begin, count, weight * S(params_.negative_weight));
+      if (params_.soft) fill(block->positive + begin, count, weight * S(params_.positive_weight));
+    } else {
+      times(weights + int64_t(map_.classes.divisor) + k, count, weight, block->negative + begin);
+      if (params_.soft) times(weights + k, count, weight, block->positive + begin);
+    }
   }
   void label_row(int64_t anchor, int k, int begin, int count, Block<S>* block) const {
     const int label = packed_label_at(params_, anchor);
@@ -140,8 +153,8 @@ class Gather {
     weigh_anchors(anchor, count, negative_weight<S>(params_, k), block->negative + begin);
     if (params_.soft) weigh_anchors(anchor, count, positive_weight<S>(params_, k), block->positive + begin);
   }
-  void weigh_anchors(int64_t anchor, int count, S weight, S* out) const {
-    const S* const weights = static_cast<const S*>(params_.anchor_weight);
+  void weigh_anchors(int64_t anchor, int count, S weight, S* __restrict__ out) const {
+    const S* __restrict__ const weights = static_cast<const S*>(params_.anchor_weight);
     const S scale = scale_;
     if (weights == nullptr) return fill(out, count, scale * weight);
     for (int i = 0; i < count; ++i) out[i] = scale * weights[anchor + i] * weight;
@@ -182,16 +195,18 @@ inline V multiply_incoming(V grad, V incoming, S least) {
 }
 
 // Elements [0, n) of a block, whatever the dtype in memory is; returns nothing but what it adds to the sum.
-template <class S, class Loss>
-void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* block, int n, S least, Ahead ahead_x,
-                   Ahead ahead_out, typename Lanes<S>::Total* sum) {
+template <bool kSoft, class S, class Loss>
+void block_loop(const Loss loss_fn, const KernelParams& params, Block<S>* block, int n, S least,
+                typename Lanes<S>::Total* sum) {
   using L = Lanes<S>;
   using V = typename L::V;
-  const S* const x = block->logits;
+  // Copies that no store can change; so is loss_fn.
+  const S *const x = block->logits, *const incoming = block->incoming;
   S* const out = block->out;
   const bool element_loss = params.output == Output::kElementLoss;
+  const bool any_positive = block->any_positive, any_ignored = block->any_ignored;
   const V half = V(S(0.5)), zero = V(S(0));
-  if (!params.soft) {
+  if constexpr (!kSoft) {
     for (int i = 0; i < n; i += L::kCount) {
       const int count = n - i < L::kCount ? n - i : L::kCount;
       L::store(block->exponential + i, loss_fn.exponential(L::load(x + i, count)), L::kCount);
@@ -204,20 +219,18 @@ void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* bl
   V part = zero;  // of kTogether at the most
   for (int i = 0; i < n; i += L::kCount) {
     const int count = n - i < L::kCount ? n - i : L::kCount;
-    ahead_x.prefetch(i);
-    if (out != nullptr) ahead_out.prefetch_to_write(i);
     const V v = L::load(x + i, count);
     const V negative = L::load(block->negative + i);
     Term<V> t;
     V weight;
-    if (params.soft) {
+    if constexpr (kSoft) {
       const V y = L::load(block->soft_targets + i, count);
       t = loss_fn.soft(v, y);
       weight = Loss::soft_weight(y, L::load(block->positive + i), negative);
     } else {
       t = loss_fn.negative(v, L::load(block->exponential + i), Loss::kLogarithm ? L::load(block->logarithm + i) : zero);
       weight = negative;
-      if (block->any_positive) {
+      if (any_positive) {
         const Term<V> yes = loss_fn.positive(v, Loss::kScores ? L::load(block->score + i) : V(S(1)));
         const auto is_positive = half < L::load(block->target + i);
         t.loss = select(is_positive, yes.loss, t.loss);
@@ -226,8 +239,8 @@ void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* bl
       }
     }
     V loss = weigh(t.loss, weight), grad = t.grad * weight;
-    if (block->incoming != nullptr) grad = multiply_incoming(grad, L::load(block->incoming + i, count), least);
-    if (block->any_ignored) {
+    if (incoming != nullptr) grad = multiply_incoming(grad, L::load(incoming + i, count), least);
+    if (any_ignored) {
       const auto is_ignored = half < L::load(block->ignored + i);
       loss = select(is_ignored, zero, loss);
       grad = select(is_ignored, zero, grad);
@@ -239,6 +252,13 @@ void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* bl
     }
     if (out != nullptr) L::store(out + i, element_loss ? loss : grad, count);
   }
+}
+
+template <class S, class Loss>
+void generic_block(const Loss& loss_fn, const KernelParams& params, Block<S>* block, int n, S least,
+                   typename Lanes<S>::Total* sum) {
+  params.soft ? block_loop<true>(loss_fn, params, block, n, least, sum)
+              : block_loop<false>(loss_fn, params, block, n, least, sum);
 }
 
 // run: generic_block() for the loss.
@@ -277,9 +297,12 @@ void generic_tile(const KernelParams& params, const Tile& tile, const Run& run, 
       block.soft_targets = params.wide_soft_targets ? wide + start : as_s(soft + start, n, copies[kCopies ? 2 : 0]);
     S* const copy_out = copies[kCopies ? 3 : 0];
     block.out = out == nullptr ? nullptr : kCopies ? copy_out : reinterpret_cast<S*>(out + start);
-    const Ahead ahead_x = {reinterpret_cast<const char*>(x + start) + kPrefetch, sizeof(T)};
-    const Ahead ahead_out = {reinterpret_cast<const char*>(out + start) + kPrefetch, sizeof(T)};
-    run(params, &block, n, S(rounds_to_zero<T>()), ahead_x, ahead_out, &sum);
+    // Here, not in the loop: it has no register to spare for two more addresses.
+    for (int at = 0; at < n * int(sizeof(T)); at += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(x + start) + kPrefetch + at);
+      if (out != nullptr) __builtin_prefetch(reinterpret_cast<const char*>(out + start) + kPrefetch + at, 1);
+    }
+    run(params, &block, n, S(rounds_to_zero<T>()), &sum);
     if constexpr (kCopies) {
       for (int i = 0; out != nullptr && i < n; i += L::kCount)
         L::store(out + start + i, L::load(copy_out + i), n - i < L::kCount ? n - i : L::kCount);

@@ -5,6 +5,7 @@
 #include "tile_dense.h"
 #include "tile_fast.h"
 #include "tile_generic.h"
+#include "tile_second.h"
 
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
@@ -54,8 +55,9 @@ void run_fast(const KernelParams& params, int64_t begin, int64_t end) {
 // for hundreds of elements, so that they are compiled once for each loss and not for each dtype as well.
 template <class S>
 struct BlockLoss {
-  virtual void generic(const KernelParams& params, Block<S>* block, int n, S least, Ahead x, Ahead out,
-                       typename Lanes<S>::Total* sum) const = 0;
+  virtual void generic(const KernelParams& params, Block<S>* block, int n, S least, typename Lanes<S>::Total* sum) const = 0;
+  virtual void second(const KernelParams& params, const SecondBlock<S>& block, int n,
+                      typename Lanes<S>::Total* sum) const = 0;
   virtual Vec dense(const float* x, const float* target, float* grad, int n, const DenseWeights& weights, Ahead ahead_x,
                     Ahead ahead_target) const = 0;
 };
@@ -63,9 +65,11 @@ template <class S, class Loss>
 struct BlockLossOf final : BlockLoss<S> {
   const Loss loss_fn;
   explicit BlockLossOf(const LossParams& params) : loss_fn(params) {}
-  void generic(const KernelParams& params, Block<S>* block, int n, S least, Ahead x, Ahead out,
-               typename Lanes<S>::Total* sum) const override {
-    generic_block(loss_fn, params, block, n, least, x, out, sum);
+  void generic(const KernelParams& params, Block<S>* block, int n, S least, typename Lanes<S>::Total* sum) const override {
+    generic_block(loss_fn, params, block, n, least, sum);
+  }
+  void second(const KernelParams& params, const SecondBlock<S>& block, int n, typename Lanes<S>::Total* sum) const override {
+    if constexpr (kHasSecond<Loss>) second_block(loss_fn, params, block, n, sum);  // else the operator has refused it
   }
   Vec dense(const float* x, const float* target, float* grad, int n, const DenseWeights& weights, Ahead ahead_x,
             Ahead ahead_target) const override {
@@ -81,8 +85,13 @@ template <class T>
 void run_generic(const KernelParams& params, const BlockLoss<Accumulation<T>>& loss, int64_t begin, int64_t end) {
   const auto generic = [&](auto... arguments) { loss.generic(arguments...); };
   const auto dense = [&](auto... arguments) { return loss.dense(arguments...); };
+  const auto second = [&](const auto&... arguments) { loss.second(arguments...); };
   for (int64_t t = begin; t < end; ++t) {
     const Tile tile = tile_at(params.levels, t);
+    if (params.output == Output::kSecond) {
+      second_tile<T>(params, tile, second, params.partial == nullptr ? nullptr : params.partial + t);
+      continue;
+    }
     const bool sums = params.output == Output::kLoss || params.output == Output::kLossAndGradient;
     double* partial = sums ? params.partial + t : nullptr;
     if (!sums && params.levels.level[tile.level].out == nullptr) continue;

@@ -23,6 +23,13 @@
 //   p - y = s (u - e r)                 1 - 2 y = s (2 u - 1)            p (1 - p) / w = e r / (u + e (1 - u))
 //   d/dx  = s w^gamma [(u - e r) + gamma ce (2 u - 1) e r / (u + e (1 - u))]
 //
+// The second derivatives, by the product rule from dp/dz = -p q and, for a soft target, with g = q^gamma or w^gamma,
+// R = s (2 u - 1) p (1 - p) / w = d ln w / dx and dR/dx = R (1 - 2 p - R). k is h or 0, and y' the target within the cross entropy:
+//   d2/dz2 = g [gamma p (gamma p ce + 2 (q - k) - q ce) + p q]
+//   d2/dx2 = g [gamma R (gamma R ce + 2 (p - y') + (1 - 2 p - R) ce) + p (1 - p)]        1 - 2 p = -s (r - e r)
+// Here terms have either sign, so a result is as exact as the sum of their magnitudes lets it be; again nothing has a singularity,
+// as p (1 - p) / w is 1 at the most.
+//
 // Where the modulating factor q^gamma is a constant for the gradient (detach_modulating_factor), the terms with gamma in front are
 // left out of it.
 #pragma once
@@ -87,6 +94,55 @@ struct Focal {
   }
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
+    const auto f = soft_factors(x, y, e);
+    const V bend = (V(gamma) * f.ratio) * clamp_max(f.ce, V(most_beside_gamma()));
+    const V grad = f.power * fused_multiply_add(bend, f.u + f.u - V(S(1)), f.v - f.er);
+    const V loss = f.power * clamp_where_zero(f.ce, f.power);
+    return {loss, select(is_negative(x), V(S(0)) - grad, grad)};
+  }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_negative(V z) const {
+    const V e = exponential(z);
+    const auto f = factors(z, e, logarithm(e));
+    const V ce = clamp_max(f.ce, V(most_beside_gamma()));
+    const V gamma_p = clamp_max(V(gamma) * f.p, V(S(kMostOfGamma)));
+    const V rate = kSmoothing ? f.q - V(half_smoothing) : f.q;  // dce/dz
+    const V slope = fused_multiply_add(gamma_p, ce, rate);
+    const V change = fused_multiply_add(V(S(0)) - f.q, ce, slope + rate);
+    return {f.power * slope, f.power * fused_multiply_add(gamma_p, change, f.p * f.q)};
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V) const {
+    const Derivatives<V> t = second_negative(V(S(0)) - x);
+    return {V(S(0)) - t.grad, t.second};
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_soft(V x, V y) const {
+    const auto f = soft_factors(x, y, exponential(x));
+    const V ce = clamp_max(f.ce, V(most_beside_gamma()));
+    // s (1 - 2 y), not 2 u - 1: near y = 1/2 what rounding u lost would show, as far from 0 all terms but p (1 - p) have this factor.
+    const V one = V(S(1)), distance = select(is_negative(x), y + y - one, one - (y + y)), own = f.ratio * distance;  // s R
+    const V bend = clamp_max(V(gamma) * f.ratio, V(S(kMostOfGamma))) * distance;
+    const V rate = f.v - f.er;  // s dce/dx
+    const V slope = fused_multiply_add(bend, ce, rate);
+    const V change = fused_multiply_add(V(S(0)) - (own + (f.r - f.er)), ce, slope + rate);
+    const V grad = f.power * slope;
+    return {select(is_negative(x), V(S(0)) - grad, grad), f.power * fused_multiply_add(bend, change, f.er * f.r)};
+  }
+
+ private:
+  // Where gamma p is more than this, q^gamma is 0 (less than e^(-gamma p)), and so is w^gamma where gamma p (1 - p) / w is (less than
+  // e to minus a quarter of it): an infinite product must not meet that 0.
+  static constexpr double kMostOfGamma = 4000;
+
+  // What loss and derivatives of a soft target are made of; the comment above names them. v: u within the cross entropy.
+  template <class V>
+  struct SoftFactors {
+    V u, v, r, er, ratio, ce, power;  // ratio: p (1 - p) / w
+  };
+  template <class V>
+  FASTFOCAL_HD SoftFactors<V> soft_factors(V x, V y, V e) const {
     const V zero = V(S(0)), one = V(S(1));
     const V minus = minus_absolute(x);
     const V r = reciprocal(one + e);
@@ -114,13 +170,9 @@ struct Focal {
     }
     V ratio = er * reciprocal(clamp_min(sum, smallest_normal<V>()));  // p (1 - p) / w
     if constexpr (kSmoothing) ratio = select(vanishes, one, ratio);
-    const V bend = (V(gamma) * ratio) * clamp_max(ce, V(most_beside_gamma()));
-    const V grad = power * fused_multiply_add(bend, u + u - one, v - er);
-    const V loss = power * clamp_where_zero(ce, power);
-    return {loss, select(left, zero - grad, grad)};
+    return {u, v, r, er, ratio, ce, power};
   }
 
- private:
   // What a cross entropy is clamped to where gamma multiplies it: smoothing leaves one of any size on the target's side, and
   // q^gamma, 0 there, must not meet an infinite product.
   FASTFOCAL_HD S most_beside_gamma() const { return S(kLarge) / (kSmoothing ? clamp_min(gamma, S(1)) : S(1)); }
@@ -165,8 +217,13 @@ struct Focal {
     return kLogarithm ? log + x : add_log1p_unit(e, x);
   }
 
+  // The same of a target of 0 or 1, with e = exponential(z) and log = logarithm(e).
   template <class V>
-  FASTFOCAL_HD Term<V> full_term(V z, V e, V log) const {
+  struct Factors {
+    V q, p, ce, power;
+  };
+  template <class V>
+  FASTFOCAL_HD Factors<V> factors(V z, V e, V log) const {
     const V zero = V(S(0)), one = V(S(1));
     const V r = reciprocal(one + e);
     const V er = e * r;
@@ -184,15 +241,26 @@ struct Focal {
 
     if constexpr (kSmoothing) {
       const V u = select(right, V(half_smoothing), V(S(1) - half_smoothing));
-      const V ce = add_logarithm(e, log, zero - minus_absolute(z) * u);
-      const V grad = power * fused_multiply_add(V(gamma) * p, clamp_max(ce, V(most_beside_gamma())), q - V(half_smoothing));
-      return {power * clamp_where_zero(ce, power), grad};
+      return {q, p, add_logarithm(e, log, zero - minus_absolute(z) * u), power};
     } else {
-      const V ce = add_logarithm(e, log, clamp_min(z, zero));
-      const V grad = power * fused_multiply_add(V(gamma) * p, clamp_max(ce, V(S(kLarge))), q);
-      return {power * ce, grad};
+      return {q, p, add_logarithm(e, log, clamp_min(z, zero)), power};
+    }
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> full_term(V z, V e, V log) const {
+    const auto f = factors(z, e, log);
+    const V ce = clamp_max(f.ce, V(most_beside_gamma()));
+    if constexpr (kSmoothing) {
+      const V grad = f.power * fused_multiply_add(V(gamma) * f.p, ce, f.q - V(half_smoothing));
+      return {f.power * clamp_where_zero(f.ce, f.power), grad};
+    } else {
+      return {f.power * f.ce, f.power * fused_multiply_add(V(gamma) * f.p, ce, f.q)};
     }
   }
 };
+
+template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy>
+constexpr bool kHasSecond<Focal<S, kGamma, kSmoothing, kAccuracy>> = true;
 
 }  // namespace fastfocal

@@ -3,6 +3,7 @@
 //   FL*(x_t) = -log sigmoid(gamma x_t + beta) / gamma,   x_t = x (2 y - 1),   gamma > 0
 //            = log(1 + e^z) / gamma,                     z = -(gamma x_t + beta)
 //   d/dx     = (1 - 2 y) sigmoid(z)
+//   d2/dx2   = (1 - 2 y)^2 gamma sigmoid(z) (1 - sigmoid(z))
 #pragma once
 
 #include "loss.h"
@@ -52,6 +53,36 @@ struct FocalStar {
   static constexpr bool kSoftInSteps = false;  // the exponential is of x and y
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y) const {
+    const Softly<V> t = softly(x, y);
+    const Term<V> of_z = term(t.z, exponential(t.z, t.rest));
+    return {of_z.loss, t.s * of_z.grad};
+  }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_negative(V x) const {
+    const V z = of_negative(x);
+    return derivatives(z, rest_of(V(gamma), x, z));
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V) const {
+    const Derivatives<V> t = second_negative(V(S(0)) - x);
+    return {V(S(0)) - t.grad, t.second};
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_soft(V x, V y) const {
+    const Softly<V> t = softly(x, y);
+    const Derivatives<V> of_z = derivatives(t.z, t.rest);
+    return {t.s * of_z.grad, (t.s * t.s) * of_z.second};
+  }
+
+ private:
+  // A soft target's 1 - 2 y and z, and what z lost to rounding.
+  template <class V>
+  struct Softly {
+    V s, z, rest;
+  };
+  template <class V>
+  FASTFOCAL_HD Softly<V> softly(V x, V y) const {
     const V zero = V(S(0)), one = V(S(1)), twice = y + y;
     const V s = one - twice, s_rest = (one - s) - twice;
     // s x, where 0 times infinity is 0 and NaN stays NaN
@@ -60,11 +91,9 @@ struct FocalStar {
     const V z = of_negative(sx);
     const V rest = rest_of(V(gamma), sx, z);
     const V more = V(gamma) * fused_multiply_add(far, s_rest, product_error(s, far, s * far));
-    const Term<V> t = term(z, exponential(z, select(is_far(z), zero, rest + more)));
-    return {t.loss, s * t.grad};
+    return {s, z, select(is_far(z), zero, rest + more)};
   }
 
- private:
   template <class V>
   FASTFOCAL_HD V of_negative(V x) const {
     return fused_multiply_add(x, V(gamma), V(S(0) - beta));
@@ -97,6 +126,19 @@ struct FocalStar {
     const V loss = add_log1p_unit(e, clamp_min(z, V(S(0))));
     return {loss * V(share), select(is_negative(z), e * r, r)};
   }
+
+  // Here e^-|z| is a factor on both sides, so what rounding z lost has to have z's sign.
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> derivatives(V z, V rest) const {
+    const V zero = V(S(0));
+    const V e = exponential(z, select(is_negative(z), rest, zero - rest));
+    const V r = reciprocal(V(S(1)) + e), er = e * r;
+    const V steepness = V(S(clamp_max(gamma, S(sizeof(S) == sizeof(float) ? 3e38 : 1e308))));  // finite, as 0 times it is 0
+    return {select(is_negative(z), er, r), steepness * (er * r)};
+  }
 };
+
+template <class S, Accuracy kAccuracy>
+constexpr bool kHasSecond<FocalStar<S, kAccuracy>> = true;
 
 }  // namespace fastfocal

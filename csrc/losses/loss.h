@@ -13,6 +13,8 @@
 //   Term<V> soft(V x, V y);                 of a soft target y; where static constexpr bool kSoftInSteps also
 //   Term<V> soft(V x, V y, V e);            with e = exponential(x)
 //   static V soft_weight(V y, V positive, V negative);   the weight of a soft target, of those of the two classes
+//   Derivatives<V> second_negative(V x), second_positive(V x, V score), second_soft(V x, V y);
+//                                           where kHasSecond<Loss>, which no loss inherits, and never for Accuracy::kSixteenBits
 //
 // A negative logit of -inf costs exactly 0 and has gradient 0: kernels put it where nothing is to be counted. The weights of the
 // two classes (alpha), of anchors and of levels stay outside: kernels multiply them in.
@@ -54,6 +56,17 @@ template <class V>
 struct Term {
   V loss;
   V grad;  // its derivative by the logit
+};
+
+// Whether a loss has second derivatives.
+template <class Loss>
+constexpr bool kHasSecond = false;
+
+// Both derivatives by the logit.
+template <class V>
+struct Derivatives {
+  V grad;
+  V second;
 };
 
 enum class Gamma { kTwo, kAny };

@@ -1,4 +1,5 @@
-// The operators pyramid_loss, pyramid_loss_ and pyramid_loss_backward over a Device: check, allocate, fill KernelParams, run.
+// The operators pyramid_loss, pyramid_loss_, pyramid_loss_backward and pyramid_loss_double_backward over a Device: check, allocate,
+// fill KernelParams, run.
 //
 // First all that was given is checked, then all memory is taken, and only then is anything written: whatever fails, what came is
 // as it was.
@@ -46,7 +47,7 @@ struct Checked : CheckedLogits {
       check_operand({"packed_labels"}, *options.packed_labels, first, label, anchors);
     }
     if (options.scores) {
-      FASTFOCAL_CHECK(reads_scores(loss), "scores: expected none, as loss ", static_cast<int64_t>(loss.kind),
+      FASTFOCAL_CHECK(facts_of(loss.kind).reads_scores, "scores: expected none, as loss ", static_cast<int64_t>(loss.kind),
                       " does not read them");
       FASTFOCAL_CHECK(!soft, "scores: expected none beside soft_targets");
       check_operand({"scores"}, *options.scores, first, accumulation, anchors);
@@ -117,8 +118,59 @@ struct PyramidLoss : private NewTensors<Device> {
 
   static Tensors backward(const Tensors& grad_outputs, const Tensors& logits, const Options& options) {
     const Checked checked(logits, options);
+    check_grad_outputs(grad_outputs, checked, options);
+    Tensors gradients = like_needed(logits, options);
+    run_groups(logits, checked, options, Output::kGradient, gradients, grad_outputs, nullptr);
+    return gradients;
+  }
+
+  // The derivative of backward(), given that of its results (an empty tensor where it is 0): by grad_outputs, and by the logits.
+  static std::tuple<Tensors, Tensors> double_backward(const Tensors& grad_gradients, const Tensors& grad_outputs,
+                                                      const Tensors& logits, const Options& options) {
+    const Checked checked(logits, options);
+    check_second(checked.loss);
+    check_grad_outputs(grad_outputs, checked, options);
+    FASTFOCAL_CHECK(grad_gradients.size() == logits.size(), "grad_gradients: expected ", logits.size(), " tensors, got ",
+                    grad_gradients.size());
+    for (size_t l = 0; l < grad_gradients.size(); ++l) {
+      const Facts g(grad_gradients[l]);
+      const Argument name = {"grad_gradients", static_cast<int64_t>(l)};
+      check_dtype(name, g, checked.facts[l].dtype);
+      if (g.numel > 0) check_elementwise(name, g, checked.facts[l], checked.facts[0]);
+    }
+    Second second = {grad_gradients, {}};
+    const Tensors grad_logits = like_needed(logits, options);
+    if (options.reduction == Reduction::kNone) {
+      second.along = like_all(logits);
+      run_groups(logits, checked, options, Output::kSecond, grad_logits, grad_outputs, nullptr, second);
+      return {second.along, grad_logits};
+    }
+    const Facts g(grad_outputs[0]);
+    const Tensor along = new_numbers(logits[0], g.dim == 0 ? kNoDimension : g.numel, checked.accumulation);
+    run_groups(logits, checked, options, Output::kSecond, grad_logits, grad_outputs, &along, second);
+    return {{along}, grad_logits};
+  }
+
+ private:
+  using NewTensors<Device>::fresh_like;
+  using NewTensors<Device>::like_all;
+  using NewTensors<Device>::none_like;
+
+  // Of Output::kSecond: Level::direction and Level::along of each level; an empty list: null.
+  struct Second {
+    Tensors direction, along;
+  };
+
+  static void check_second(const LossParams& params) {
+    with_loss<float, Path::kGeneric>(params, [&](auto loss) {
+      FASTFOCAL_CHECK(kHasSecond<type_of<decltype(loss)>>, "loss: ", static_cast<int64_t>(params.kind),
+                      " has no second derivative");
+    });
+  }
+
+  static void check_grad_outputs(const Tensors& grad_outputs, const Checked& checked, const Options& options) {
     const bool elementwise = options.reduction == Reduction::kNone;
-    const size_t expected = elementwise ? logits.size() : 1;
+    const size_t expected = elementwise ? checked.levels.size() : 1;
     FASTFOCAL_CHECK(grad_outputs.size() == expected, "grad_outputs: expected ", expected, " tensors, got ",
                     grad_outputs.size());
     for (size_t l = 0; l < grad_outputs.size(); ++l) {
@@ -130,15 +182,7 @@ struct PyramidLoss : private NewTensors<Device> {
         check_incoming(name, g, checked.facts[0], checked.accumulation, loss_size(checked, options));
       }
     }
-    Tensors gradients = like_needed(logits, options);
-    run_groups(logits, checked, options, Output::kGradient, gradients, grad_outputs, nullptr);
-    return gradients;
   }
-
- private:
-  using NewTensors<Device>::fresh_like;
-  using NewTensors<Device>::like_all;
-  using NewTensors<Device>::none_like;
 
   static Tensors like_needed(const Tensors& logits, const Options& options) {
     Tensors out;
@@ -173,9 +217,10 @@ struct PyramidLoss : private NewTensors<Device> {
   }
 
   // Fills a KernelParams for each group of kMaxLevels levels, runs its tiles and, where a loss is wanted, reduces their sums.
-  // outs: none, or one tensor per level, an empty one where nothing is wanted. Everything has been checked.
+  // outs: none, or one tensor per level, an empty one where nothing is wanted. loss: what the sums become, or null. Everything has
+  // been checked.
   static void run_groups(const Tensors& logits, const Checked& checked, const Options& o, Output output, const Tensors& outs,
-                         const Tensors& grad_outputs, const Tensor* loss) {
+                         const Tensors& grad_outputs, const Tensor* loss, const Second& second = {}) {
     const bool elementwise_incoming = !grad_outputs.empty() && o.reduction == Reduction::kNone;
     KernelParams params = {};
     params.soft = !o.soft_targets.empty();
@@ -211,7 +256,7 @@ struct PyramidLoss : private NewTensors<Device> {
       tiles.back() += checked.images * tiles_per_image(checked.levels[l].image_logits);
     }
     const typename Device::Scratch partial(logits[0], loss ? *std::max_element(tiles.begin(), tiles.end()) : 0, false);
-    params.partial = static_cast<double*>(partial.data());
+    params.partial = loss ? static_cast<double*>(partial.data()) : nullptr;
 
     for (size_t start = 0; start < logits.size(); start += kMaxLevels) {
       Levels& levels = params.levels;
@@ -226,6 +271,9 @@ struct PyramidLoss : private NewTensors<Device> {
         level.out = outs.empty() || outs[l].numel() == 0 ? nullptr : outs[l].mutable_data_ptr();
         level.soft_targets = o.soft_targets.empty() ? nullptr : o.soft_targets[l].const_data_ptr();
         if (elementwise_incoming) level.incoming = grad_outputs[l].const_data_ptr();
+        const auto of_level = [l](const Tensors& tensors) { return l < tensors.size() && tensors[l].numel() > 0; };
+        if (of_level(second.direction)) level.direction = second.direction[l].const_data_ptr();
+        if (of_level(second.along)) level.along = second.along[l].mutable_data_ptr();
         level.scale = o.level_scales[l];
         level.tiles = {levels.tiles, tiles_per_image(level.image_logits)};
         levels.tiles += levels.images * level.tiles.per_image;
