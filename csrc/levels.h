@@ -167,8 +167,8 @@ struct AnchorTile {
 
 FASTFOCAL_HD int64_t anchors_per_tile(int64_t classes, Layout layout) {
   const bool rows = layout == Layout::kClassLast;
-  const int64_t n = rows ? kTileLogits / classes : kTileLogits / classes / 32 * 32, least = rows ? 1 : kLeastCells;
-  return n < least ? least : n > kMostAnchors ? kMostAnchors : n;
+  const int64_t unit = rows ? 1 : kLeastCells, n = kTileLogits / classes / unit * unit;
+  return n < unit ? unit : n > kMostAnchors ? kMostAnchors : n;
 }
 
 // Of the run that a tile may not leave: an image's anchors, or the cells of one anchor shape.

@@ -92,23 +92,25 @@ class SoftmaxTile {
  private:
   using L = Lanes<S>;
   using V = typename L::V;
-  static constexpr int kBuffer = 10240;    // logits
-  static constexpr int kRowBuffer = 4096;  // of it, for rows: the less there is, the more of it stays in the first cache
+  static constexpr int kBuffer = 10240;  // logits
+  // Rows of a block: what is in flight, read, written and in the buffer, is to stay in the first cache.
+  static constexpr int kRowLogits = 1280, kRows = 16;
+  // Cells of a block: at least this much of each plane, whose lines are asked for two blocks before, as no hardware prefetches from
+  // as many planes at once.
+  static constexpr int kPlaneLogits = 5120, kAhead = 2 * kLeastCells;
   static constexpr int kBlock = kMostAnchors;
   static constexpr int kSummed = 16;  // numbers added in a row before their sum meets the sums before it
 
   // --- class last: an anchor is a row of logits -------------------------------------------------------------------------
 
   void rows(int64_t begin, int64_t end) {
-    const int64_t fit = classes_ > kRowBuffer ? classes_ <= kBuffer : kRowBuffer / classes_;
-    const int64_t most = fit < kBlock ? fit : kBlock;
-    for (int64_t m = begin; m < end; m += most > 0 ? most : 1) {
-      if (most == 0) {
-        long_row(m);
-      } else {
-        block_of_rows(m, int(m + most < end ? most : end - m));
-      }
+    if (classes_ > kBuffer) {
+      for (int64_t m = begin; m < end; ++m) long_row(m);
+      return;
     }
+    const int64_t wish = kRowLogits / classes_ / kRows * kRows, fit = kBuffer / classes_;
+    const int64_t least = fit < kRows ? fit : kRows, most = wish < least ? least : wish < kBlock ? wish : kBlock;
+    for (int64_t m = begin; m < end; m += most) block_of_rows(m, int(m + most < end ? most : end - m));
   }
 
   void block_of_rows(int64_t m, int count) {
@@ -222,7 +224,9 @@ class SoftmaxTile {
 
   void planes(int64_t begin, int64_t end) {
     const int64_t cells = level_->cells.divisor, a = begin / cells;
-    const int64_t fit = kBuffer / classes_ / 16 * 16, most = fit == 0 ? kLeastCells : fit < kBlock ? fit : kBlock;
+    const int64_t wish = kPlaneLogits / classes_ / kLeastCells * kLeastCells, fit = kBuffer / classes_ / 16 * 16;
+    const int64_t least = fit == 0 || fit > kLeastCells ? kLeastCells : fit;  // 0: in parts
+    const int64_t most = wish < least ? least : wish < kBlock ? wish : kBlock;
     for (int64_t m = begin; m < end; m += most)
       block_of_cells(m, a * classes_ * cells + (m - a * cells), int(m + most < end ? most : end - m));
   }
@@ -269,10 +273,12 @@ class SoftmaxTile {
   void plane_exponentials(const T* x, int planes, int64_t cells, int count, int width) {
     for (int k = 0; k < planes; ++k) {
       const T* const from = x + k * cells;
+      T* const to = g_ == nullptr ? nullptr : g_ + (from - x_);
       S* const e = exponential_ + k * width;
       int i = 0;
       for (; i + L::kCount <= count; i += L::kCount) {
-        __builtin_prefetch(from + i + count);  // of the next block
+        __builtin_prefetch(from + i + kAhead);
+        if (to != nullptr) __builtin_prefetch(to + i, 1);
         L::store(e + i, Loss::exponential(L::load(from + i)), L::kCount);
       }
       if (i < count) L::store(e + i, Loss::exponential(L::load(from + i, count - i)), L::kCount);
