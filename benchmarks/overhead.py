@@ -47,7 +47,7 @@ class Timed:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for name in ("label_codes", "focal_loss", "scale_gradients_"):
+        for name in ("pack_labels", "pyramid_loss", "scale_gradients_"):
             setattr(self, name, self._timed(getattr(torch.ops.fastfocal, name)))
 
     def _timed(self, operator: Callable[..., Any]) -> Callable[..., Any]:

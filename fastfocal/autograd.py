@@ -25,21 +25,20 @@ _keep_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_curre
 
 
 class Options(NamedTuple):
-    """The operators' arguments beside the logits, in their order (FASTFOCAL_OPTIONS_SCHEMA in csrc/operators.h)."""
+    """The operators' arguments beside the logits, in their order (FASTFOCAL_OPTIONS in csrc/schema.h)."""
 
-    codes: Tensor | None
+    packed_labels: Tensor | None
     soft_targets: list[Tensor] | None
+    scores: Tensor | None
     anchor_weight: Tensor | None
     class_weights: Tensor | None
+    class_mask: Tensor | None
     divisor: Tensor | None
     level_scales: list[float]
     positive_weight: float
     negative_weight: float
-    gamma: float
-    label_smoothing: float
-    detach_modulating_factor: bool
-    family: int
-    beta: float
+    loss: int
+    loss_parameters: list[float]
     num_classes: int
     reduction: int
 
@@ -106,9 +105,9 @@ class FocalLossFunction(torch.autograd.Function):
         hooked = has_hooks()
         if mode == "recompute":
             with below_autograd():
-                losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
-            codes, soft_targets, anchor_weight, class_weights, divisor, *rest = options
-            saved = [*dense, *(soft_targets or ()), codes, anchor_weight, class_weights, divisor]
+                losses, _ = ops.operators.pyramid_loss(dense, *options, [0] * len(dense))
+            labels, soft_targets, scores, anchor_weight, class_weights, class_mask, divisor, *rest = options
+            saved = [*dense, *(soft_targets or ()), labels, scores, anchor_weight, class_weights, class_mask, divisor]
             ctx.options = rest  # those that are no tensors
         elif mode == "inplace":
             # All that may fail comes before the first write.
@@ -116,10 +115,10 @@ class FocalLossFunction(torch.autograd.Function):
             saved = [t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)]
             losses = ops.new_losses(dense, options.reduction)
             with below_autograd():
-                ops.operators.focal_loss_(dense, losses, *options, needs_grad)
+                ops.operators.pyramid_loss_(dense, losses, *options, needs_grad)
         else:
             with below_autograd():
-                losses, saved = ops.operators.focal_loss(dense, *options, needs_grad)
+                losses, saved = ops.operators.pyramid_loss(dense, *options, needs_grad)
         # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
         # without a copy.
         ctx.save_for_backward(*saved)
@@ -162,8 +161,11 @@ def recomputed(
 ) -> list[Tensor]:
     """The gradients of the logits that forward saved, with everything else that it took."""
     levels = len(needs_grad)
-    dense, (*soft_targets, codes, anchor_weight, class_weights, divisor) = saved[:levels], saved[levels:]
-    options = Options(codes, soft_targets or None, anchor_weight, class_weights, divisor, *rest)
+    dense, (*soft_targets, labels, scores, anchor_weight, class_weights, class_mask, divisor) = (
+        saved[:levels],
+        saved[levels:],
+    )
+    options = Options(labels, soft_targets or None, scores, anchor_weight, class_weights, class_mask, divisor, *rest)
     if options.reduction != ops.NONE:
         incoming = list(grad_outputs)
     elif all(is_one_number(g) for g in grad_outputs):
@@ -173,7 +175,7 @@ def recomputed(
     else:  # the kernel reads them in the logits' order
         incoming = [in_order_of(t, g) for g, t in zip(grad_outputs, dense, strict=True)]
     with below_autograd():
-        return ops.operators.focal_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
+        return ops.operators.pyramid_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
 
 
 def focal_loss(
@@ -188,7 +190,7 @@ def focal_loss(
     if transformed:
         # Gradients made in forward cannot be differentiated, so only a compiler, which cannot either, gets them.
         made = needs_grad if wanted and mode != "recompute" and is_compiling() else [0] * len(dense)
-        losses, _ = ops.operators.focal_loss(dense, *options, made)
+        losses, _ = ops.operators.pyramid_loss(dense, *options, made)
     elif wanted:
         copied = None if dense is logits else memory_of_copied(logits, dense)
         if mode == "inplace":
@@ -198,5 +200,5 @@ def focal_loss(
         return FocalLossFunction.apply(Call(mode, options, dense, needs_grad, copied), *logits)
     else:
         with below_autograd():
-            losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
+            losses, _ = ops.operators.pyramid_loss(dense, *options, [0] * len(dense))
     return tuple(losses)

@@ -313,7 +313,7 @@ def pyramid_loss(
         if background == classes and ignored == -1 and not is_compiling():
             label_conventions.no_background.look(labels, classes)
         try:
-            codes, counted = ops.operators.label_codes(labels, dense, classes, background, ignored, count, 1.0)
+            codes, counted = ops.operators.pack_labels(labels, dense, None, classes, background, ignored, count, 1.0)
         except ValueError:
             message = label_conventions.describe_bad_label(given, together, anchors, classes, background, ignored)
             if message is None:
@@ -323,20 +323,23 @@ def pyramid_loss(
             divisor = counted if divisor is None else counted * divisor
 
     family, gamma, label_smoothing, detach_modulating_factor, beta = settings.formula
+    if family == ops.FOCAL_LOSS_STAR:
+        loss_parameters = [gamma, beta]
+    else:
+        loss_parameters = [gamma, label_smoothing, float(detach_modulating_factor)]
     options = autograd.Options(
         codes,
         soft_targets,
+        None,
         anchor_weight,
         class_weights,
+        None,
         divisor,
         scales,
         settings.positive_weight,
         settings.negative_weight,
-        gamma,
-        label_smoothing,
-        detach_modulating_factor,
         family,
-        beta,
+        loss_parameters,
         classes,
         OPERATOR_REDUCTIONS[reduction],
     )
@@ -379,7 +382,7 @@ OPERATOR_REDUCTIONS = {"sum": ops.SUM, "mean": ops.SUM, "level": ops.LEVEL, "ima
 def resolve_normalizer(
     normalizer: str | float | Tensor | None, reduction: str, levels: list[Tensor], soft: bool
 ) -> tuple[int, float, Tensor | None]:
-    """What the sum is divided by: what label_codes is to count, a number, and a tensor on the logits' device."""
+    """What the sum is divided by: what pack_labels is to count, a number, and a tensor on the logits' device."""
     if reduction == "mean":
         if not soft:
             return ops.COUNT_LOGITS, 1.0, None

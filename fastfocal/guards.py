@@ -73,9 +73,9 @@ class Operators:
 
     def __init__(self, namespace: Any) -> None:
         self.name: str = namespace.name
-        self.label_codes = with_torchs_own_error(namespace.label_codes)
-        self.focal_loss = with_torchs_own_error(namespace.focal_loss)
-        self.focal_loss_ = with_torchs_own_error(namespace.focal_loss_)
-        self.focal_loss_backward = with_torchs_own_error(namespace.focal_loss_backward)
+        self.pack_labels = with_torchs_own_error(namespace.pack_labels)
+        self.pyramid_loss = with_torchs_own_error(namespace.pyramid_loss)
+        self.pyramid_loss_ = with_torchs_own_error(namespace.pyramid_loss_)
+        self.pyramid_loss_backward = with_torchs_own_error(namespace.pyramid_loss_backward)
         self.scale_gradients = with_torchs_own_error(namespace.scale_gradients)
         self.scale_gradients_ = with_torchs_own_error(namespace.scale_gradients_)

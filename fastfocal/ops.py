@@ -23,7 +23,7 @@ from fastfocal import guards
 # On the CPU the error that an operator words itself is torch's already.
 operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
-# Family, Reduction and Count in csrc/.
+# LossKind, Reduction and Count in csrc/.
 FOCAL_LOSS, FOCAL_LOSS_STAR = range(2)
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS = range(4)

@@ -2,7 +2,7 @@
 
 An eager call of the loss records `autograd.FocalLossFunction` itself and calls the operators below autograd: that costs least.
 Everything else (``torch.compile``, ``torch.export``, ``torch.func``, forward mode, a direct call of ``torch.ops.fastfocal``)
-meets the operators, so they carry their own derivative: `focal_loss` the true one, the others a node that raises.
+meets the operators, so they carry their own derivative: `pyramid_loss` the true one, the others a node that raises.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ NO_VMAP = (
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def label_codes(
+def pack_labels(
     labels: list[Tensor],
     logits: list[Tensor],
+    scores: Tensor | None,
     num_classes: int,
     background: int,
     ignore: int,
@@ -59,9 +60,9 @@ def label_codes(
     least: float,
 ) -> tuple[Tensor, Tensor]:
     anchors = sum(t.numel() // num_classes for t in logits)
-    codes = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
+    packed = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
     shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: (images(logits[0]),)}.get(count, ())
-    return codes, logits[0].new_empty(shape, dtype=torch.float64)
+    return packed, logits[0].new_empty(shape, dtype=torch.float64)
 
 
 def gradients_like(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
@@ -69,15 +70,15 @@ def gradients_like(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
 
 
 # *options ends with num_classes, reduction, needs_grad.
-def focal_loss(logits: list[Tensor], *options: Any) -> tuple[list[Tensor], list[Tensor]]:
+def pyramid_loss(logits: list[Tensor], *options: Any) -> tuple[list[Tensor], list[Tensor]]:
     return new_losses(logits, options[-2]), gradients_like(logits, options[-1]) if any(options[-1]) else []
 
 
-def focal_loss_(logits: list[Tensor], losses: list[Tensor], *options: Any) -> None:
+def pyramid_loss_(logits: list[Tensor], losses: list[Tensor], *options: Any) -> None:
     return None
 
 
-def focal_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *options: Any) -> list[Tensor]:
+def pyramid_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *options: Any) -> list[Tensor]:
     return gradients_like(logits, options[-1])
 
 
@@ -89,7 +90,7 @@ def scale_gradients_(grads: list[Tensor], grad_output: Tensor, reduction: int) -
     return None
 
 
-SHAPES = (label_codes, focal_loss, focal_loss_, focal_loss_backward, scale_gradients, scale_gradients_)
+SHAPES = (pack_labels, pyramid_loss, pyramid_loss_, pyramid_loss_backward, scale_gradients, scale_gradients_)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ class OperatorCall(NamedTuple):
 
 
 class FocalLossDerivative(_SingleLevelFunction):
-    """``torch.ops.fastfocal.focal_loss`` as autograd sees it: (logits of every level) -> (losses, gradients).
+    """``torch.ops.fastfocal.pyramid_loss`` as autograd sees it: (logits of every level) -> (losses, gradients).
 
     Where the gradients of all levels that need one were made, they are what backward hands on; else it makes them from the
     logits. They are results too, so whoever differentiates them hears that it cannot be done.
@@ -177,7 +178,7 @@ class FocalLossDerivative(_SingleLevelFunction):
         else:
             given = [incoming[0]]  # type: ignore[list-item]
         options = with_tensors(ctx.options, tensors)
-        return ctx.operators.focal_loss_backward(given, logits, *options, needed)  # type: ignore[no-any-return]
+        return ctx.operators.pyramid_loss_backward(given, logits, *options, needed)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch._disable_dynamo
@@ -201,7 +202,7 @@ class FocalLossDerivative(_SingleLevelFunction):
             shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
             ones = [torch.ones(shape, dtype=dtype, device=logits[0].device)]
         wanted = [int(t is not None) for t in tangents]
-        gradients = ctx.operators.focal_loss_backward(ones, logits, *options, reduction, wanted)
+        gradients = ctx.operators.pyramid_loss_backward(ones, logits, *options, reduction, wanted)
         products = [
             torch.zeros_like(x) if t is None else times(g, t)
             for x, g, t in zip(logits, gradients, tangents, strict=True)
@@ -298,16 +299,16 @@ def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
         grad_mode = torch.is_grad_enabled()
         call = OperatorCall(operator, keyset, namespace, grad_mode, forward_ad._is_fwd_grad_enabled())
         tensors = tensors_of(args)
-        if name == "focal_loss_":
+        if name == "pyramid_loss_":
             if grad_mode and any(t.requires_grad for t in tensors):
                 raise RuntimeError(
-                    "fastfocal: the operator focal_loss_ writes over tensors that require grad, and is not differentiated; "
+                    "fastfocal: the operator pyramid_loss_ writes over tensors that require grad, and is not differentiated; "
                     'call fastfocal.focal_loss(..., grad_mode="inplace")'
                 )
             return call(*args)
         # A Function finds out by itself whether there is anything to record, and whether tangents come along.
         with enable_single_level_autograd_function():
-            if name == "focal_loss":
+            if name == "pyramid_loss":
                 return differentiated_focal_loss(call, *args)
             results = NotDifferentiated.apply(call, args, *tensors)  # type: ignore[attr-defined]
         return None if name.endswith("_") else list(results)
@@ -342,7 +343,7 @@ def entry_by_entry(operator: Any) -> Callable[..., Any]:
     """A backward over many incoming gradients (``torch.func.jacrev``): one after the other."""
 
     def entry(args: list[Any]) -> list[Tensor]:
-        if len(args) > 3 and args[-2] == NONE:  # focal_loss_backward
+        if len(args) > 3 and args[-2] == NONE:  # pyramid_loss_backward
             args[0] = [in_order_of(t, g) for g, t in zip(args[0], args[1], strict=True)]
         return operator(*args)  # type: ignore[no-any-return]
 
@@ -372,11 +373,11 @@ def register(namespace: str) -> None:
     for shapes in SHAPES:
         name = shapes.__name__
         torch.library.register_fake(f"{namespace}::{name}", on_one_device(shapes))
-        if name == "label_codes":  # integers: there is nothing to differentiate
+        if name == "pack_labels":  # integers: there is nothing to differentiate
             library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         else:
             library.impl(name, autograd_kernel(namespace, name), "Autograd", with_keyset=True)
-        if name in ("focal_loss_backward", "scale_gradients"):
+        if name in ("pyramid_loss_backward", "scale_gradients"):
             operator = getattr(getattr(torch.ops, namespace), name)
             torch.library.register_vmap(f"{namespace}::{name}", entry_by_entry(operator))
         else:
