@@ -146,6 +146,12 @@ inline void check_elementwise(const Argument& name, const Facts& t, const Facts&
   check_memory(name, t, first);
 }
 
+// The same of a loss that takes an anchor's classes together: one number for each anchor, in the caller's order.
+inline void check_anchorwise(const Argument& name, const Tensor& tensor, const Facts& level, const Facts& first,
+                             int64_t anchors) {
+  check_operand(name, tensor, first, level.dtype, anchors);
+}
+
 // No two of the call's tensors share memory, where one of the two is written.
 class Apart {
  public:
@@ -214,15 +220,14 @@ inline Reduction checked_reduction(int64_t reduction, Reduction last = Reduction
 }
 
 inline LossKind checked_loss(int64_t loss) {
-  constexpr int64_t kLast = static_cast<int64_t>(kLastLoss);
-  FASTFOCAL_CHECK(loss >= 0 && loss <= kLast, "loss: expected 0 to ", kLast, ", got ", loss);
+  FASTFOCAL_CHECK(is_loss(loss), "loss: expected the number of a loss, got ", loss);
   return static_cast<LossKind>(loss);
 }
 
 // The numbers of the loss' own, as many as it has and each in its range.
 inline LossParams checked_loss_parameters(LossKind kind, const std::vector<double>& values) {
   LossParams params = {kind, {}};
-  with_loss<float, Path::kGeneric>(params, [&](auto loss) {
+  const auto check = [&](auto loss) {
     const auto& rules = type_of<decltype(loss)>::kParameters;
     constexpr size_t kCount = sizeof(rules) / sizeof(rules[0]);
     static_assert(kCount <= kMaxLossParameters, "LossParams holds them");
@@ -242,7 +247,8 @@ inline LossParams checked_loss_parameters(LossKind kind, const std::vector<doubl
                                                            : "a finite number >= 0",
                       ", got ", x);
     }
-  });
+  };
+  takes_anchors(kind) ? with_anchor_loss<float>(params, check) : with_loss<float, Path::kGeneric>(params, check);
   return params;
 }
 

@@ -44,8 +44,8 @@ inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
     const __m256 a = pairs[2 * i], b = pairs[2 * i + 1];
     fours[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
   }
-  return Vec(_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
-                           _mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
+  return Vec(
+      _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
 }
 #else
 inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
@@ -63,10 +63,13 @@ inline double lane_sum(Vec x) {
   return sum;
 }
 
-template <class T, class S, class Loss>
+template <class T, class Loss>
 class SoftmaxTile {
+  using S = Accumulation<T>;
+
  public:
-  SoftmaxTile(const KernelParams& params, const Loss& loss) : params_(params), loss_(loss), classes_(params.levels.classes.divisor) {
+  explicit SoftmaxTile(const KernelParams& params)
+      : params_(params), loss_(params.loss), classes_(params.levels.classes.divisor) {
     fill(exponential_ + kBuffer, 1, L::kCount, S(0));
   }
 
@@ -414,7 +417,7 @@ class SoftmaxTile {
 
   void finish_block(int64_t m, int count) {
     for (int i = 0; i < count; i += L::kCount) {
-      const SoftmaxTerm<V> t = loss_.anchor(L::load(distance_ + i), L::load(own_ + i), L::load(others_ + i));
+      const AnchorTerm<V> t = loss_.anchor(L::load(distance_ + i), L::load(own_ + i), L::load(others_ + i));
       const V weight = L::load(weight_ + i), loss = weigh(t.loss, weight);
       sum_.add(loss);
       L::store(grad_ + i, t.grad * weight, L::kCount);
@@ -434,13 +437,7 @@ class SoftmaxTile {
     for (int64_t k = 0; k < classes_; ++k) put(g + k * step, times_incoming<S>(to_float(g[k * step]), after_[i]));
   }
 
-  static void put(T* p, S x) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-      *p = x;
-    } else {
-      *p = from_float<T>(x);
-    }
-  }
+  static void put(T* p, S x) { *p = rounded<T>(x); }
   template <class X>
   static void fill(X* p, int64_t step, int64_t n, X x) {
     for (int64_t i = 0; i < n; ++i) p[i * step] = x;
@@ -466,10 +463,10 @@ class SoftmaxTile {
   bool any_ignored_, any_after_;
 };
 
-template <class T, class S, class Loss>
-void softmax_tiles(const KernelParams& params, const Loss& loss, int64_t begin, int64_t end) {
+template <class T, class Loss>
+void softmax_tiles(const KernelParams& params, int64_t begin, int64_t end) {
   const bool sums = params.output == Output::kLoss || params.output == Output::kLossAndGradient;
-  SoftmaxTile<T, S, Loss> run(params, loss);
+  SoftmaxTile<T, Loss> run(params);
   for (int64_t t = begin; t < end; ++t) {
     const AnchorTile tile = anchor_tile_at(params.levels, t);
     if (sums || params.levels.level[tile.level].out != nullptr) run(tile, sums ? params.partial + t : nullptr);

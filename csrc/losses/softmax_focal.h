@@ -29,7 +29,7 @@
 namespace fastfocal {
 
 template <class V>
-struct SoftmaxTerm {
+struct AnchorTerm {
   V loss;
   V grad;     // G
   V inverse;  // 1 / o; 0 where o is, as G then is too
@@ -43,9 +43,13 @@ struct SoftmaxFocal {
   S gamma;               // of the gradient alone: 0 where q^gamma counts as a constant, whose derivative is left out
   Multiple<S> multiple;  // of the power, with Gamma::kAny
 
+  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
+                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
+
   SoftmaxFocal() = default;
-  FASTFOCAL_HD SoftmaxFocal(double gamma_, bool detach_modulating_factor)
-      : gamma(detach_modulating_factor ? S(0) : S(clamp_max(gamma_, 1e30))), multiple(gamma_) {}  // finite in float too
+  FASTFOCAL_HD explicit SoftmaxFocal(const LossParams& params)
+      : gamma(params.value[1] != 0 ? S(0) : S(clamp_max(params.value[0], 1e30))),  // finite in float too
+        multiple(params.value[0]) {}
 
   // With base 0. Of 88 and more it is that of 88, whose sum is beyond kMostSum.
   template <class V>
@@ -77,7 +81,7 @@ struct SoftmaxFocal {
 
   // distance: x_y - b. own: t_y. others: o. Not both 0.
   template <class V>
-  FASTFOCAL_HD SoftmaxTerm<V> anchor(V distance, V own, V others) const {
+  FASTFOCAL_HD AnchorTerm<V> anchor(V distance, V own, V others) const {
     const V zero = V(S(0)), one = V(S(1)), least = smallest_normal<V>();
     const auto right = others < own;  // p_y > 1/2
     const V greater = select(right, own, others), lesser = select(right, others, own);
