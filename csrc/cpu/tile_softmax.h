@@ -13,47 +13,7 @@ namespace fastfocal {
 namespace FASTFOCAL_ISA {
 
 using fastfocal::clamp_min;  // beside Vec's, for double
-
-// The sum of each vector's lanes, in the lane of that number.
 inline double lane_sums(const double (&vectors)[1]) { return vectors[0]; }
-
-#if defined(__AVX512F__)
-inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
-  __m512 pairs[8], fours[4];
-  for (int i = 0; i < 8; ++i) {
-    const __m512 a = vectors[2 * i].v, b = vectors[2 * i + 1].v;
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512 a = pairs[2 * i], b = pairs[2 * i + 1];
-    fours[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  }
-  const auto add_quarters = [](__m512 a, __m512 b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return Vec(add_quarters(add_quarters(fours[0], fours[1]), add_quarters(fours[2], fours[3])));
-}
-#elif defined(__AVX2__)
-inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
-  __m256 pairs[4], fours[2];
-  for (int i = 0; i < 4; ++i) {
-    const __m256 a = vectors[2 * i].v, b = vectors[2 * i + 1].v;
-    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-  }
-  for (int i = 0; i < 2; ++i) {
-    const __m256 a = pairs[2 * i], b = pairs[2 * i + 1];
-    fours[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
-  }
-  return Vec(
-      _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
-}
-#else
-inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
-  const auto sum = [&](int i) { return (vectors[i].v[0] + vectors[i].v[2]) + (vectors[i].v[1] + vectors[i].v[3]); };
-  return Vec(Floats{sum(0), sum(1), sum(2), sum(3)});
-}
-#endif
-
 inline double lane_sum(double x) { return x; }
 inline double lane_sum(Vec x) {
   float lanes[kLanes];
