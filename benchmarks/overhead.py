@@ -29,7 +29,7 @@ CELLS = Pyramid("five levels of one cell N=1 K=80", "cells", 1, 9, 80, ((1, 1),)
 
 
 class Nothing(torch.autograd.Function):
-    """Gradients made beforehand, handed on as FocalLossFunction hands its own on."""
+    """Gradients made beforehand, handed on as PyramidLossFunction hands its own on."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *logits: Tensor) -> Tensor:

@@ -344,7 +344,7 @@ def test_one_node_for_all_levels(head: nn.Module) -> None:
     losses, _ = step(compat.accelerate(head))
     loss = losses["loss_cls"]
     node = (loss[0] if isinstance(loss, list) else loss).grad_fn
-    while type(node).__name__ != "FocalLossFunctionBackward":
+    while type(node).__name__ != "PyramidLossFunctionBackward":
         node = node.next_functions[0][0]
     assert len([f for f, _ in node.next_functions if f is not None]) == len(STRIDES)
 

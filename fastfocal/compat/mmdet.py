@@ -33,11 +33,11 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes
-from fastfocal.functional import entropy_dtype
 from fastfocal.labels import NOTHING_IGNORED
 from fastfocal.ops import accumulation_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 # The label of an anchor of weight 0: none that an assigner gives, so that -1 among these is an error.
 NOT_COUNTED = NOTHING_IGNORED
@@ -217,7 +217,7 @@ class FastFCOSHead(OneCall, FCOSHead):  # type: ignore[misc]
     """mmdet's FCOSHead."""
 
 
-_FAST: swaps.Swaps = {
+_FAST: patching.Swaps = {
     RetinaHead: FastRetinaHead,
     ATSSHead: FastATSSHead,
     FCOSHead: FastFCOSHead,
@@ -243,9 +243,9 @@ def accelerate(model: Model) -> Model:
         ValueError: none of them is in it, one is that was subclassed (which takes the mixin `OneCall` itself), or its loss is
             no focal loss.
     """
-    return swaps.accelerate(model, _FAST, "model", "mmdet's RetinaHead, ATSSHead or FCOSHead", check_loss)
+    return patching.accelerate(model, _FAST, "model", "mmdet's RetinaHead, ATSSHead or FCOSHead", check_loss)
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`."""
-    return swaps.restore(model, _FAST)
+    return patching.restore(model, _FAST)

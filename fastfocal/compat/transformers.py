@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal.compat.conventions import check_classes
-from fastfocal.functional import entropy_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 
 def mean_focal_loss(

@@ -24,9 +24,9 @@ from ultralytics.models.utils import loss as host_criterion
 from ultralytics.utils import loss as host
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes, require
-from fastfocal.functional import entropy_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 Criterion = TypeVar("Criterion", bound=nn.Module)
 
@@ -121,8 +121,8 @@ class CheckedRTDETRDetectionLoss(host_criterion.RTDETRDetectionLoss):  # type: i
         return super().forward(preds, batch, *rest, **options)
 
 
-_FAST: swaps.Swaps = {host.FocalLoss: FastFocalLoss, host.VarifocalLoss: FastVarifocalLoss}
-_AROUND: swaps.Swaps = {
+_FAST: patching.Swaps = {host.FocalLoss: FastFocalLoss, host.VarifocalLoss: FastVarifocalLoss}
+_AROUND: patching.Swaps = {
     host_criterion.DETRLoss: CheckedDETRLoss,
     host_criterion.RTDETRDetectionLoss: CheckedRTDETRDetectionLoss,
 }
@@ -137,9 +137,9 @@ def accelerate(criterion: Criterion) -> Criterion:
     Raises:
         ValueError: there is neither a FocalLoss nor a VarifocalLoss of ultralytics in it, or one that was subclassed.
     """
-    return swaps.accelerate(criterion, _FAST, "criterion", "ultralytics' FocalLoss or VarifocalLoss", around=_AROUND)
+    return patching.accelerate(criterion, _FAST, "criterion", "ultralytics' FocalLoss or VarifocalLoss", around=_AROUND)
 
 
 def restore(criterion: Criterion) -> Criterion:
     """Undoes `accelerate`."""
-    return swaps.restore(criterion, {**_FAST, **_AROUND})
+    return patching.restore(criterion, {**_FAST, **_AROUND})

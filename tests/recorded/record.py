@@ -24,6 +24,7 @@ import torch
 from cases import Size, lay_out
 from cpu_isas import build as cpu_isas
 from torch import Tensor
+from watch import thread_count
 
 import fastfocal
 
@@ -67,7 +68,7 @@ LAYOUTS = {  # what `lay_out` makes, and the pyramid
     "many_levels": ("contiguous", Size(2, 1, 3, tuple((1 + i % 4, 1 + i % 5) for i in range(19)))),  # two launches
     "several_tiles": ("contiguous", Size(1, 3, 7, ((61, 59), (3, 3)))),
     "several_tiles_last": ("channels_last", Size(1, 1, 91, ((29, 31), (3, 3)))),
-    "wide_codes": ("3d", Size(1, 1, 32769, ((1, 1),))),  # a class beyond int16
+    "32769_classes": ("3d", Size(1, 1, 32769, ((1, 1),))),  # a class beyond int16
 }
 NOT_DENSE = ("channel_slice", "width_slice", "3d_transposed")  # grad_mode "inplace" refuses these
 
@@ -275,11 +276,15 @@ def digest(tensors: list[Tensor]) -> str:
 
 
 def compute_bits() -> dict[str, list[str]]:
-    """Of every case the digests of losses and of gradients, by the operators that are in use."""
-    bits = {case.name: [digest(part) for part in compute(case)] for case in all_cases()}
-    for dtype, reduction, gamma in FUNCTION_CASES:
-        name = f"sigmoid_focal_loss {dtype} {reduction} gamma_{gamma:g}"
-        bits[name] = [digest(part) for part in compute_function(dtype, reduction, gamma)]
+    """Of every case the digests of losses and of gradients, by the operators that are in use.
+
+    In one thread: the bits are those of any number (test_determinism.py), and threads that wait for a busy machine take long.
+    """
+    with thread_count(1):
+        bits = {case.name: [digest(part) for part in compute(case)] for case in all_cases()}
+        for dtype, reduction, gamma in FUNCTION_CASES:
+            name = f"sigmoid_focal_loss {dtype} {reduction} gamma_{gamma:g}"
+            bits[name] = [digest(part) for part in compute_function(dtype, reduction, gamma)]
     return bits
 
 
