@@ -44,7 +44,7 @@ def sort_keywords(
             own[name] = value
         else:
             raise TypeError(f"{parameters.name}() got an unexpected keyword argument {name!r}")
-    return parameters(**own), Options(**shared), Inputs(logits, targets, **of_call)
+    return parameters(**own), parameters.options(**shared), Inputs(logits, targets, **of_call)
 
 
 def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[Tensor]:
@@ -79,7 +79,8 @@ def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     labels, divisor = prepared.labels, prepared.divisor
     if labels is None:
         return None, divisor.factor
-    pyramid, background, ignored = prepared.pyramid, prepared.background, prepared.ignored
+    pyramid, ignored = prepared.pyramid, prepared.ignored
+    background: int | None = prepared.background
     classes = pyramid.num_classes
     if background == classes and ignored == label_conventions.DEFAULT_IGNORE_INDEX and not is_compiling():
         label_conventions.no_background.look(labels, classes)
@@ -87,9 +88,19 @@ def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     scores = prepared.scores if divisor.count == ops.COUNT_SCORES else None
     try:
         packed, counted = ops.pack_labels(
-            labels, pyramid.dense, scores, classes, background, ignored, divisor.count, divisor.minimum
+            labels,
+            pyramid.dense,
+            scores,
+            classes,
+            background,
+            ignored,
+            divisor.count,
+            divisor.minimum,
+            prepared.background_is_class,
         )
     except ValueError:
+        if prepared.background_is_class:
+            background = None  # the labels are classes
         message = label_conventions.describe_bad_label(
             prepared.given, prepared.together, pyramid.anchors, classes, background, ignored
         )

@@ -4,8 +4,8 @@ Of an anchor with the logits x_1..x_K and the label y, p = softmax(x):
 
     L = -w_y (1 - p_y)^gamma log(p_y)
 
-Lin et al. (arXiv:1708.02002) give it for two classes in equation 4; for K of them it is mmcv's `softmax_focal_loss`. With gamma 0
-it is the cross entropy, of which p_j - [j = y] is the derivative. Nothing here is shared with the package.
+Lin et al. (arXiv:1708.02002) give it for two classes in equation 4; for K of them it is mmcv's `softmax_focal_loss`. With
+gamma 0 it is the cross entropy, of which p_j - [j = y] is the derivative. Nothing here is shared with the package.
 """
 
 from __future__ import annotations
