@@ -95,8 +95,10 @@ class Options:
             self.labels, self.background_index, self.ignore_index, self.num_classes
         )
         if self.num_classes is not None:
-            check = checks.background_class if self.background_is_class else checks.label_indices
-            background = check(background, ignored, self.num_classes)
+            if self.background_is_class:
+                background = checks.background_class(background, ignored, self.num_classes)
+            else:
+                background = checks.label_indices(background, ignored, self.num_classes)
             object.__setattr__(self, "background_index", background)
             object.__setattr__(self, "ignore_index", ignored)
             object.__setattr__(self, "labels", None)

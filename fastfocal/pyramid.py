@@ -79,8 +79,7 @@ def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     labels, divisor = prepared.labels, prepared.divisor
     if labels is None:
         return None, divisor.factor
-    pyramid, ignored = prepared.pyramid, prepared.ignored
-    background: int | None = prepared.background
+    pyramid, background, ignored = prepared.pyramid, prepared.background, prepared.ignored
     classes = pyramid.num_classes
     if background == classes and ignored == label_conventions.DEFAULT_IGNORE_INDEX and not is_compiling():
         label_conventions.no_background.look(labels, classes)
@@ -99,10 +98,13 @@ def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
             prepared.background_is_class,
         )
     except ValueError:
-        if prepared.background_is_class:
-            background = None  # the labels are classes
         message = label_conventions.describe_bad_label(
-            prepared.given, prepared.together, pyramid.anchors, classes, background, ignored
+            prepared.given,
+            prepared.together,
+            pyramid.anchors,
+            classes,
+            None if prepared.background_is_class else background,
+            ignored,
         )
         if message is None:
             raise

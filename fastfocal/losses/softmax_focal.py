@@ -2,8 +2,8 @@ r"""Softmax focal loss.
 
 .. math:: L = -(1 - p_y)^\gamma \log p_y, \quad p = \mathrm{softmax}(x)
 
-The focal loss of Lin et al., 2017 (arXiv:1708.02002, equation 4) for K classes, of which an anchor has one. Formula and derivative
-in C++: csrc/losses/softmax_focal.h.
+The focal loss of Lin et al., 2017 (arXiv:1708.02002, equation 4) for K classes, of which an anchor has one. Formula and
+derivative in C++: csrc/losses/softmax_focal.h.
 """
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
@@ -109,7 +109,7 @@ def softmax_focal_loss(
             not count as positive. None: every anchor that is not ignored is positive.
         ignore_index: anchors with this label have zero loss and zero gradient whatever their logits are, NaN too, and do not
             count.
-        class_weight: K numbers or a tensor ``(K,)``: the weight of the anchors with that label, as torch's cross_entropy has it.
+        class_weight: K numbers or a tensor ``(K,)``: the weight of the anchors with that label, as torch's cross_entropy has.
         weight, level_weights, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
         normalizer: as :func:`fastfocal.focal_loss` takes it. The default without a background is the number of anchors that are
             not ignored (at least 1).
