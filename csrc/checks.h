@@ -220,14 +220,15 @@ inline Reduction checked_reduction(int64_t reduction, Reduction last = Reduction
 }
 
 inline LossKind checked_loss(int64_t loss) {
-  FASTFOCAL_CHECK(is_loss(loss), "loss: expected the number of a loss, got ", loss);
+  constexpr int64_t kLast = static_cast<int64_t>(kLastLoss);
+  FASTFOCAL_CHECK(loss >= 0 && loss <= kLast, "loss: expected 0 to ", kLast, ", got ", loss);
   return static_cast<LossKind>(loss);
 }
 
 // The numbers of the loss' own, as many as it has and each in its range.
 inline LossParams checked_loss_parameters(LossKind kind, const std::vector<double>& values) {
   LossParams params = {kind, {}};
-  const auto check = [&](auto loss) {
+  with_loss<float, Path::kParameters>(params, [&](auto loss) {
     const auto& rules = type_of<decltype(loss)>::kParameters;
     constexpr size_t kCount = sizeof(rules) / sizeof(rules[0]);
     static_assert(kCount <= kMaxLossParameters, "LossParams holds them");
@@ -247,8 +248,7 @@ inline LossParams checked_loss_parameters(LossKind kind, const std::vector<doubl
                                                            : "a finite number >= 0",
                       ", got ", x);
     }
-  };
-  takes_anchors(kind) ? with_anchor_loss<float>(params, check) : with_loss<float, Path::kGeneric>(params, check);
+  });
   return params;
 }
 

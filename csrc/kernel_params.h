@@ -158,10 +158,14 @@ struct PackLabelsParams {
   int64_t chunks;
   void* packed_labels;
   int64_t* counts;  // [image][2]: positives, ignored; added to
+  bool wide_scores;
+  const void* scores;  // double when wide_scores, else float; as the packed labels
+  double* score_sums;  // [chunks], of positives; null: not wanted
   LabelLevel level[kMaxLevels];
 };
 
 struct Chunk {
+  int64_t index;
   int32_t level;
   int64_t image, begin, end;  // anchors of the image, in the labels' order
 };
@@ -170,11 +174,21 @@ FASTFOCAL_HD Chunk chunk_at(const PackLabelsParams& params, int64_t index) {
   const Piece piece = piece_at(params.count, [&](int l) { return params.level[l].chunks; }, index);
   const int64_t begin = piece.index * kChunkAnchors, end = begin + kChunkAnchors;
   const int64_t anchors = params.level[piece.level].anchors;
-  return {piece.level, piece.image, begin, end < anchors ? end : anchors};
+  return {index, piece.level, piece.image, begin, end < anchors ? end : anchors};
 }
 
 // What pack_labels counts; the operator's `count` argument.
-enum class Count : int64_t { kNothing = 0, kPositives = 1, kPositivesPerImage = 2, kLogits = 3 };
+enum class Count : int64_t {
+  kNothing = 0,
+  kPositives = 1,
+  kPositivesPerImage = 2,
+  kLogits = 3,          // of anchors not ignored
+  kScores = 4,          // their sum, of positives
+  kAnchorsPerImage = 5  // not ignored
+};
+FASTFOCAL_HD bool is_per_image(Count count) {
+  return count == Count::kPositivesPerImage || count == Count::kAnchorsPerImage;
+}
 
 struct CountParams {
   const int64_t* counts;  // [image][2]
@@ -183,19 +197,25 @@ struct CountParams {
   int64_t anchors;  // of all levels and images
   Count count;
   double minimum;
+  const double* score_sums;  // of all chunks
+  int64_t chunks;
 };
 
-// The i-th divisor: max(minimum, the count).
+// A count that is no number stays so.
+FASTFOCAL_HD double at_least(double minimum, double count) { return count <= minimum ? minimum : count; }
+
+// The i-th divisor, max(minimum, the count), of anything but scores.
 FASTFOCAL_HD double divisor_of(const CountParams& params, int64_t i) {
-  const bool per_image = params.count == Count::kPositivesPerImage;
+  const bool per_image = is_per_image(params.count);
   int64_t positives = 0, ignored = 0;
   for (int64_t n = per_image ? i : 0; n < (per_image ? i + 1 : params.images); ++n) {
     positives += params.counts[2 * n];
     ignored += params.counts[2 * n + 1];
   }
-  const double count =
-      params.count == Count::kLogits ? double(params.anchors - ignored) * double(params.classes) : double(positives);
-  return count > params.minimum ? count : params.minimum;
+  const double count = params.count == Count::kLogits            ? double(params.anchors - ignored) * double(params.classes)
+                       : params.count == Count::kAnchorsPerImage ? double(params.anchors / params.images - ignored)
+                                                                 : double(positives);
+  return at_least(params.minimum, count);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ FASTFOCAL_HD bool is_positive(const LabelRule& rule, int64_t packed) { return pa
 
 constexpr int kChunkAnchors = 4096;  // labels are packed in chunks, which never leave an image
 
+inline int64_t chunks_of(int64_t anchors) { return (anchors + kChunkAnchors - 1) / kChunkAnchors; }
+
 // The labels of one level.
 struct LabelLevel {
   const void* labels;

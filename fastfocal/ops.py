@@ -25,10 +25,10 @@ from fastfocal import guards
 # On the CPU the error that an operator words itself is torch's already.
 operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
-# LossKind, Reduction and Count in csrc/. A loss's own number is in its file, and here where it takes an anchor's classes
-# together: one loss for each anchor.
-SOFTMAX_FOCAL = 9
-ANCHOR_LOSSES = frozenset({SOFTMAX_FOCAL})
+# LossKind, Reduction and Count in csrc/.
+FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL, QUALITY_FOCAL, MATCHABILITY_AWARE, IOU_AWARE_BCE, BCE = range(7)
+GAUSSIAN_FOCAL, ASYMMETRIC, SOFTMAX_FOCAL = range(7, 10)
+ANCHOR_LOSSES = frozenset({SOFTMAX_FOCAL})  # take an anchor's classes together: one loss for each anchor
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_SCORES, COUNT_ANCHORS_PER_IMAGE = range(
     6

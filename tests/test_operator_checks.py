@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastfocal
 from fastfocal import guards, ops
-from fastfocal.losses import FocalLoss, FocalLossStar
+from fastfocal.ops import COUNT_SCORES, FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL
 
 N, A, K = 2, 2, 3
 CELLS = ((4, 3), (2, 2), (1, 1))
@@ -50,7 +50,7 @@ def make_options(device: torch.device) -> Call:
         [1.0] * 3,
         0.25,
         0.75,
-        FocalLoss.kind,
+        FOCAL_LOSS,
         [2.0, 0.0, 0.0],
         K,
         0,
@@ -146,6 +146,19 @@ def changed(tensors: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[T
     return [tensors[0], change(tensors[1]), tensors[2]]
 
 
+# What scores may not be, given them as they should be.
+SCORES: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
+    ("short", lambda t: t[1:], "scores: expected 68 numbers"),
+    ("dtype", Tensor.double, "scores: expected Float, got Double"),
+    ("strided", lambda t: every_other(t), "scores: expected contiguous"),
+    ("storage", resized, "scores: expected a storage of at least 272 bytes, got 0"),
+)
+
+
+def varifocal(call: Call, scores: Tensor) -> None:
+    call.update(loss=VARIFOCAL, loss_parameters=[2.0, 1.0, 0.0], scores=scores)
+
+
 META = r"one device|device of logits\[0\]"  # the dispatcher sends such a call to the shape functions
 ON_LOGITS: dict[str, tuple[Change, str]] = {
     "no_levels": (put("logits", []), "logits: expected at least one level"),
@@ -225,8 +238,20 @@ ON_LABELS: dict[str, tuple[Change, str]] = {
         r"labels\[1\]: expected a storage of at least 248 bytes, got",
     ),
     "labels_meta": (put_level("labels", lambda t: t.to("meta")), META),
-    "count_below": (put("count", -1), "count: expected 0 to 3, got -1"),
-    "count_above": (put("count", 4), "count: expected 0 to 3, got 4"),
+    "count_below": (put("count", -1), "count: expected 0 to 5, got -1"),
+    "count_above": (put("count", 6), "count: expected 0 to 5, got 6"),
+    "count_scores_without": (put("count", COUNT_SCORES), "scores: expected a tensor, as their sum is wanted"),
+    "count_scores_meta": (
+        lambda call: call.update(count=COUNT_SCORES, scores=torch.ones(68, device="meta")),
+        META,
+    ),
+    **{
+        f"count_scores_{name}": (
+            lambda call, scores=scores: call.update(count=COUNT_SCORES, scores=scores(call["logits"][0].new_ones(68))),
+            message,
+        )
+        for name, scores, message in SCORES
+    },
     "least_nan": (put("least", float("nan")), "minimum: expected a number >= 0, got -?nan"),
 }
 ON_OPTIONS: dict[str, tuple[Change, str]] = {
@@ -325,9 +350,9 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
     "scales_long": (put("level_scales", [1.0] * 4), "level_scales: expected 3 numbers, one per level, got 4"),
     "needs_short": (put("needs_grad", [1]), "needs_grad: expected none or 3 flags, one per level, got 1"),
     "needs_long": (put("needs_grad", [1] * 4), "needs_grad: expected none or 3 flags, one per level, got 4"),
-    "loss_below": (put("loss", -1), "loss: expected 0 to 1, got -1"),
-    "loss_above": (put("loss", 2), "loss: expected 0 to 1, got 2"),
-    "loss_wide": (put("loss", 2**32), "loss: expected 0 to 1, got 4294967296"),
+    "loss_below": (put("loss", -1), "loss: expected 0 to 8, got -1"),
+    "loss_above": (put("loss", 9), "loss: expected 0 to 8, got 9"),
+    "loss_wide": (put("loss", 2**32), "loss: expected 0 to 8, got 4294967296"),
     "reduction_below": (put("reduction", -1), "reduction: expected 0 to 3, got -1"),
     "reduction_above": (put("reduction", 4), "reduction: expected 0 to 3, got 4"),
     "reduction_wide": (put("reduction", 2**32), "reduction: expected 0 to 3, got 4294967296"),
@@ -337,24 +362,57 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
             r"loss_parameters\[\d\]: expected " + message,
         )
         for name, loss, numbers, message in (
-            ("gamma_nan", FocalLoss.kind, [NAN, 0.0, 0.0], "gamma, a finite number >= 0, got -?nan"),
-            ("gamma_infinite", FocalLoss.kind, [INF, 0.0, 0.0], "gamma, a finite number >= 0, got inf"),
-            ("gamma_negative", FocalLoss.kind, [-1.0, 0.0, 0.0], "gamma, a finite number >= 0, got -1"),
-            ("smoothing_nan", FocalLoss.kind, [2.0, NAN, 0.0], "label_smoothing, a number >= 0 and <= 1, got -?nan"),
-            ("smoothing_two", FocalLoss.kind, [2.0, 2.0, 0.0], "label_smoothing, a number >= 0 and <= 1, got 2"),
-            ("detach_half", FocalLoss.kind, [2.0, 0.0, 0.5], "detach_modulating_factor, 0 or 1, got 0.5"),
-            ("detach_nan", FocalLoss.kind, [2.0, 0.0, NAN], "detach_modulating_factor, 0 or 1, got -?nan"),
-            ("star_gamma_zero", FocalLossStar.kind, [0.0, 1.0], "gamma, a finite number > 0, got 0"),
-            ("star_gamma_nan", FocalLossStar.kind, [NAN, 1.0], "gamma, a finite number > 0, got -?nan"),
-            ("star_beta_nan", FocalLossStar.kind, [2.0, NAN], "beta, a finite number, got -?nan"),
-            ("star_beta_infinite", FocalLossStar.kind, [2.0, -INF], "beta, a finite number, got -inf"),
+            ("gamma_nan", FOCAL_LOSS, [NAN, 0.0, 0.0], "gamma, a finite number >= 0, got -?nan"),
+            ("gamma_infinite", FOCAL_LOSS, [INF, 0.0, 0.0], "gamma, a finite number >= 0, got inf"),
+            ("gamma_negative", FOCAL_LOSS, [-1.0, 0.0, 0.0], "gamma, a finite number >= 0, got -1"),
+            ("smoothing_nan", FOCAL_LOSS, [2.0, NAN, 0.0], "label_smoothing, a number >= 0 and <= 1, got -?nan"),
+            ("smoothing_two", FOCAL_LOSS, [2.0, 2.0, 0.0], "label_smoothing, a number >= 0 and <= 1, got 2"),
+            ("detach_half", FOCAL_LOSS, [2.0, 0.0, 0.5], "detach_modulating_factor, 0 or 1, got 0.5"),
+            ("detach_nan", FOCAL_LOSS, [2.0, 0.0, NAN], "detach_modulating_factor, 0 or 1, got -?nan"),
+            ("star_gamma_zero", FOCAL_LOSS_STAR, [0.0, 1.0], "gamma, a finite number > 0, got 0"),
+            ("star_gamma_nan", FOCAL_LOSS_STAR, [NAN, 1.0], "gamma, a finite number > 0, got -?nan"),
+            ("star_beta_nan", FOCAL_LOSS_STAR, [2.0, NAN], "beta, a finite number, got -?nan"),
+            ("star_beta_infinite", FOCAL_LOSS_STAR, [2.0, -INF], "beta, a finite number, got -inf"),
         )
     },
     "parameters_none": (put("loss_parameters", []), "loss_parameters: expected 3 numbers for loss 0, got 0"),
     "parameters_short": (put("loss_parameters", [2.0, 0.0]), "loss_parameters: expected 3 numbers for loss 0, got 2"),
     "parameters_long": (put("loss_parameters", [2.0] * 5), "loss_parameters: expected 3 numbers for loss 0, got 5"),
-    "scores_given": (put("scores", lambda call: call["logits"][0].new_ones(68)), "scores: "),
-    "class_mask_given": (put("class_mask", lambda call: call["logits"][0].new_ones(N, K).bool()), "class_mask: "),
+    "scores_of_another_loss": (
+        put("scores", lambda call: call["logits"][0].new_ones(68)),
+        "scores: expected none, as loss 0 does not read them",
+    ),
+    "scores_and_soft": (
+        lambda call: (soft(call), varifocal(call, call["logits"][0].new_ones(68))),
+        "scores: expected none beside soft_targets",
+    ),
+    "scores_meta": (lambda call: varifocal(call, torch.ones(68, device="meta")), META),
+    **{
+        f"scores_{name}": (
+            lambda call, scores=scores: varifocal(call, scores(call["logits"][0].new_ones(68))),
+            message,
+        )
+        for name, scores, message in SCORES
+    },
+    **{
+        f"mask_{name}": (
+            put("class_mask", lambda call, mask=mask: mask(call["logits"][0].new_ones(N, K).bool())),
+            message,
+        )
+        for name, mask, message in (
+            ("dtype", Tensor.byte, "class_mask: expected Bool, got Byte"),
+            ("short", lambda t: t[:, 1:], r"class_mask: expected shape \(2, 3\), got \(2, 2\)"),
+            ("fewer_images", lambda t: t[:1], r"class_mask: expected shape \(2, 3\), got \(1, 3\)"),
+            ("flat", Tensor.flatten, r"class_mask: expected shape \(2, 3\), got \(6,\)"),
+            ("storage", resized, "class_mask: expected a storage of at least 6 bytes, got 0"),
+            (
+                "strided_storage",
+                lambda t: resized(every_other(t), 2),
+                "class_mask: expected a storage of at least 11 bytes",
+            ),
+            ("meta", lambda t: t.to("meta"), META),
+        )
+    },
     "positive_weight_nan": (
         put("positive_weight", float("nan")),
         "positive_weight: expected a finite number, got -?nan",
@@ -394,6 +452,14 @@ ON_LOSSES: dict[str, tuple[Change, str]] = {
     "soft_in_logits": (
         lambda call: soft(call, lambda y: [call["logits"][0], *y[1:]]),
         r"soft_targets\[0\]: shares memory with logits\[0\]",
+    ),
+    "scores_in_logits": (
+        lambda call: varifocal(call, call["logits"][0].view(-1)[:68]),
+        r"scores: shares memory with logits\[0\]",
+    ),
+    "mask_in_logits": (
+        put("class_mask", lambda call: call["logits"][1].view(torch.bool).flatten()[: N * K].view(N, K)),
+        r"class_mask: shares memory with logits\[1\]",
     ),
     "labels_in_logits": (
         put("packed_labels", lambda call: call["logits"][0].view(torch.int16).flatten()[:68]),

@@ -50,7 +50,13 @@ void pack_labels_with(PackChunk pack_chunk, const PackLabelsParams& params) {
 }
 
 void Cpu::count(const CountParams& params, const Tensor&) {
-  const int64_t divisors = params.count == Count::kPositivesPerImage ? params.images : 1;
+  if (params.count == Count::kScores) {
+    double sum = 0;
+    for (int64_t i = 0; i < params.chunks; ++i) sum += params.score_sums[i];
+    *params.divisor = at_least(params.minimum, sum);
+    return;
+  }
+  const int64_t divisors = is_per_image(params.count) ? params.images : 1;
   for (int64_t i = 0; i < divisors; ++i) params.divisor[i] = divisor_of(params, i);
 }
 

@@ -37,24 +37,29 @@ struct FastTile {
   T* g;        // its gradient, or null
   Loss loss_fn;
   float negative, positive;  // weight times scale, for the gradient
+  // The image's packed labels, and beside them its scores, or null: 1. Looked at only where the loss reads them.
+  const int16_t* all_labels;
+  const float* scores;
   Sum negatives, many_positives;
   double positives = 0;
 
   int pending = 0;
   int64_t at[kLanes];
-  float value[kLanes];
+  float value[kLanes], score[kLanes];
 
   // The positives wait until a vector is full.
-  void push(int64_t i, float logit) {
+  void push(int64_t i, float logit, float of_anchor) {
     at[pending] = i;
     value[pending] = logit;
+    if constexpr (Loss::kScores) score[pending] = of_anchor;
     if (++pending == kLanes) flush();
   }
 
   void flush() {
     if (pending == 0) return;
     for (int i = pending; i < kLanes; ++i) value[i] = 0;
-    const Term<Vec> t = loss_fn.positive(load(value), Vec(1.0f));
+    for (int i = pending; Loss::kScores && i < kLanes; ++i) score[i] = 1;
+    const Term<Vec> t = loss_fn.positive(load(value), Loss::kScores ? load(score) : Vec(1.0f));
     float grad[kLanes], loss[kLanes];
     store(grad, t.grad * Vec(positive));
     store(loss, t.loss);
@@ -63,6 +68,14 @@ struct FastTile {
       if (kGradient && g != nullptr) g[at[i]] = from_float<T>(grad[i]);
     }
     pending = 0;
+  }
+
+  // Of the anchor with this label, and of it and those after it.
+  float score_of(const int16_t* label) const {
+    return !Loss::kScores || scores == nullptr ? 1.0f : scores[label - all_labels];
+  }
+  Vec scores_of(const int16_t* label) const {
+    return !Loss::kScores || scores == nullptr ? Vec(1.0f) : load(scores + (label - all_labels));
   }
 
   void logarithms(const float* exponential, int n, float* logarithm) const {
@@ -159,7 +172,7 @@ struct FastTile {
         float logit[kLanes];
         store(logit, v);
         for (int lane = 0; lane < n; ++lane)
-          if (labels[i - begin + lane] == k) push(i + lane, logit[lane]);
+          if (labels[i - begin + lane] == k) push(i + lane, logit[lane], score_of(labels + (i - begin) + lane));
       }
     }
   }
@@ -176,7 +189,7 @@ struct FastTile {
   void overwrite_positives(int64_t at, Vec v, const int16_t* labels, int k) {
     const LabelMask found = equal(load_labels(labels), int16_t(k));
     const Mask is_positive = either(found, found);
-    const Term<Vec> t = loss_fn.positive(v, Vec(1.0f));
+    const Term<Vec> t = loss_fn.positive(v, scores_of(labels));
     if (kLoss) many_positives.add(select(is_positive, t.loss, Vec(0.0f)));
     if (kGradient) store(g + at, select(is_positive, t.grad * Vec(positive), load(g + at)));
   }
@@ -192,9 +205,9 @@ struct FastTile {
         const int label = labels[anchor];
         if (label == kBackground) continue;
         if (label == kIgnored) {
-          found(row < from ? from : row, row + classes < to ? row + classes : to, false);
+          found(row < from ? from : row, row + classes < to ? row + classes : to, nullptr);
         } else if (row + label >= from && row + label < to) {
-          found(row + label, row + label + 1, true);
+          found(row + label, row + label + 1, labels + anchor);
         }
       }
     };
@@ -214,7 +227,7 @@ struct FastTile {
   }
 
   // A group of logits, some positive or ignored. These are -inf among the negatives, which costs nothing.
-  // specials(begin, end, found) calls found(from, to, whether positive) for each of them.
+  // specials(begin, end, found) calls found(from, to, label) for each of them; label: where it lies, null of what is ignored.
   template <class Specials>
   void mixed(int64_t begin, int64_t end, const Specials& specials) {
     constexpr float kNothing = -__builtin_inff();
@@ -226,14 +239,15 @@ struct FastTile {
     for (i = n; i % kLanes != 0; ++i) logit[i] = kNothing;
 
     int positives_here = 0, where[kGroup];
-    float positive_logit[kGroup];
+    float positive_logit[kGroup], positive_score[kGroup];
     bool any_ignored = false;
-    specials(begin, end, [&](int64_t from, int64_t to, bool is_positive) {
-      if (is_positive) {
+    specials(begin, end, [&](int64_t from, int64_t to, const int16_t* label) {
+      if (label != nullptr) {
         where[positives_here] = int(from - begin);
+        if constexpr (Loss::kScores) positive_score[positives_here] = score_of(label);
         positive_logit[positives_here++] = logit[from - begin];
       }
-      any_ignored |= !is_positive;
+      any_ignored |= label == nullptr;
       for (int64_t at = from; at < to; ++at) logit[at - begin] = kNothing;
     });
 
@@ -251,11 +265,11 @@ struct FastTile {
       }
     }
     if (kLoss) negatives.add(sum);
-    for (i = 0; i < positives_here; ++i) push(begin + where[i], positive_logit[i]);
+    for (i = 0; i < positives_here; ++i) push(begin + where[i], positive_logit[i], Loss::kScores ? positive_score[i] : 1.0f);
     if (!any_ignored) return;
     // 0 times a weight that is not finite would be NaN.
-    specials(begin, end, [&](int64_t from, int64_t to, bool is_positive) {
-      if (!is_positive) zero(from, to);
+    specials(begin, end, [&](int64_t from, int64_t to, const int16_t* label) {
+      if (label == nullptr) zero(from, to);
     });
   }
 
@@ -307,10 +321,10 @@ struct FastTile {
           int64_t at = base + cell[s];
           if (k != kIgnored) {
             at += k * cells;
-            if (at >= from && at < to) found(at, at + 1, true);
+            if (at >= from && at < to) found(at, at + 1, label + cell[s]);
           } else {
             if (at < from) at += (from - at + cells - 1) / cells * cells;
-            for (; at < to; at += cells) found(at, at + 1, false);
+            for (; at < to; at += cells) found(at, at + 1, nullptr);
           }
         }
       };
@@ -346,8 +360,10 @@ void fast_tile(const KernelParams& params, const Tile& tile, const Loss& loss_fn
   work.loss_fn = loss_fn;
   work.negative = canonical(float(params.negative_weight * scale));
   work.positive = canonical(float(params.positive_weight * scale));
-  const int16_t* labels =
-      static_cast<const int16_t*>(params.packed_labels) + level.first_anchor + tile.image * level.anchors;
+  const int64_t first_anchor = level.first_anchor + tile.image * level.anchors;
+  const int16_t* labels = static_cast<const int16_t*>(params.packed_labels) + first_anchor;
+  work.all_labels = labels;
+  work.scores = params.scores == nullptr ? nullptr : static_cast<const float*>(params.scores) + first_anchor;
   const int classes = int(params.levels.classes.divisor);
   if (level.layout == Layout::kClassFirst) {
     work.class_first(labels, classes, level.cells.divisor, tile.begin, tile.end);

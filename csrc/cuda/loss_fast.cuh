@@ -219,22 +219,33 @@ struct FastThread {
   Loss loss_fn;
   float negative;         // weight times scale, for the gradient
   const float* positive;  // the same in shared memory, as it is rarely read
+  // Where a positive's score is found, which is rare too; not looked at where losses read none.
+  const KernelParams* params;
+  const TileWork* work;
   // Sums of the bare losses. A tile gives a thread 32 logits: two float sums of 16, rounded by 6e-8 of them 15 times.
   float negatives[2];
   double positives;
 
-  __device__ __forceinline__ void begin(const TileWork& work) {
-    negative = work.negative, positive = &work.positive;
+  __device__ __forceinline__ void begin(const KernelParams& params_, const TileWork& work_) {
+    params = &params_, work = &work_;
+    negative = work_.negative, positive = &work_.positive;
     negatives[0] = negatives[1] = 0.0f;
     positives = 0;
   }
 
   static __device__ __forceinline__ uint4 read(const T* p) { return *reinterpret_cast<const uint4*>(p); }
 
-  // Adds the losses of kCount logits x, which come from p, and makes their gradient of them. Every tile's logits go through
+  // Of the positive at this offset in the tile.
+  __device__ __forceinline__ float score_at(uint32_t offset) const {
+    if constexpr (!Loss::kScores) return 1.0f;
+    const Level& level = params->levels.level[work->tile.level];
+    return score_of<float>(*params, level.first_anchor + work->tile.image * level.anchors + work->map.at(offset).anchor);
+  }
+
+  // Adds the losses of kCount logits x, which come from p, at `offset` in the tile, and makes their gradient of them. Every tile's logits go through
   // here in the same order, wherever they lie in memory, so that the sums have the same bits.
   template <bool kClear>
-  __device__ __forceinline__ void compute(float (&x)[kCount], const T* p, const Special special) {
+  __device__ __forceinline__ void compute(float (&x)[kCount], const T* p, int offset, const Special special) {
     if constexpr (!kClear) {
       const uint32_t apart = special.positive | special.ignored;
 #pragma unroll
@@ -250,7 +261,7 @@ struct FastThread {
       // A loop, so that it stays a branch: predicated, it would be issued for every vector.
       for (uint32_t rest = special.positive; rest != 0; rest &= rest - 1) {
         const int at = __ffs(int(rest)) - 1;
-        const Term<float> t = loss_fn.positive(to_float(p[at]), 1.0f);
+        const Term<float> t = loss_fn.positive(to_float(p[at]), score_at(uint32_t(offset + at)));
         positives += double(t.loss);
 #pragma unroll
         for (int i = 0; i < kCount; ++i)  // an array indexed at run time would leave registers
@@ -261,10 +272,10 @@ struct FastThread {
 
   // 16 bytes of logits, from p; their gradient goes to g.
   template <bool kClear>
-  __device__ __forceinline__ void vector(uint4 logits, const T* p, T* g, const Special special) {
+  __device__ __forceinline__ void vector(uint4 logits, const T* p, T* g, uint32_t offset, const Special special) {
     float x[kCount];
     unpack<T>(logits, x);
-    compute<kClear>(x, p, special);
+    compute<kClear>(x, p, int(offset), special);
     if (kOutput != Output::kLoss) *reinterpret_cast<uint4*>(g) = packed<T>(x);
   }
 
@@ -279,11 +290,11 @@ struct FastThread {
     for (int step = 0; step < kSteps; step += 2) {
       const uint4 first = read(p), second = read(p + kStep);
       if (__all_sync(0xffffffffu, (look.common(offset) & look.common(offset + kStep)) == kBackground)) {
-        vector<true>(first, p, g, {});
-        vector<true>(second, p + kStep, g + kStep, {});
+        vector<true>(first, p, g, offset, {});
+        vector<true>(second, p + kStep, g + kStep, offset + kStep, {});
       } else {  // read again: kept, they would take registers from both ways
-        vector<false>(read(p), p, g, look.at(offset));
-        vector<false>(read(p + kStep), p + kStep, g + kStep, look.at(offset + kStep));
+        vector<false>(read(p), p, g, offset, look.at(offset));
+        vector<false>(read(p + kStep), p + kStep, g + kStep, offset + kStep, look.at(offset + kStep));
       }
       offset += 2 * kStep;
       p += 2 * kStep;
@@ -310,7 +321,7 @@ struct FastThread {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) y[i] = (special.ignored >> i & 1) != 0 ? 0.0f : to_float(x[offset + i]);
       }
-      compute<false>(y, x + offset, special);
+      compute<false>(y, x + offset, offset, special);
       if (kOutput == Output::kLoss || g == nullptr) continue;
       if (as_vector) {
         *reinterpret_cast<uint4*>(g + offset) = packed<T>(y);
@@ -344,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, 4) fast_kernel(const __grid_constant
     const int16_t* labels =
         static_cast<const int16_t*>(params.packed_labels) + level.first_anchor + tile.image * level.anchors;
 
-    thread.begin(work);
+    thread.begin(params, work);
     // Vectors give an ignored logit gradient 0, and 0 times a weight that is not finite would be NaN.
     const bool vectors = ((reinterpret_cast<uintptr_t>(level.logits) | reinterpret_cast<uintptr_t>(level.out)) & 15) == 0 &&
                          fabsf(thread.negative) < INFINITY;

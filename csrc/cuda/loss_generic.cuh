@@ -1,5 +1,5 @@
-// The generic kernel: soft targets, weights for each anchor or class, label smoothing, elementwise losses and incoming
-// gradients, float64. A thread takes one logit at a time.
+// The generic kernel: soft targets, weights for each anchor or class, class masks, label smoothing, elementwise losses and
+// incoming gradients, float64, and losses without a fast kernel. A thread takes one logit at a time.
 #pragma once
 
 #include "kernels.h"
@@ -24,6 +24,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     const int64_t base = tile.image * level.image_logits;
     const int64_t anchor_base = level.first_anchor + tile.image * level.anchors;
     const S scale = S(work.scale);
+    const uint8_t* const mask = class_mask_of(params, tile.image);
     const bool gradient = params.output == Output::kGradient;
     const S finished = gradient ? S(factor_of_finished<S>(params, tile.level, tile.image, work.scale)) : S(1);
 
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
       S weight = scale;
       if (params.anchor_weight != nullptr) weight *= static_cast<const S*>(params.anchor_weight)[anchor];
       Term<S> t;
-      bool ignored = false;
+      bool ignored = mask != nullptr && mask[place.k * params.mask_class_stride] == 0;
       if constexpr (kSoft) {
         const S y = params.wide_soft_targets ? S(static_cast<const float*>(level.soft_targets)[base + j])
                                              : S(to_float(static_cast<const T*>(level.soft_targets)[base + j]));
@@ -44,8 +45,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
         weight *= Loss::soft_weight(y, positive, negative);
       } else {
         const int label = packed_label_at(params, anchor);
-        ignored = label == kIgnored;
-        t = label == place.k ? loss_fn.positive(x, S(1)) : loss_fn.negative(x);
+        ignored |= label == kIgnored;
+        t = label == place.k ? loss_fn.positive(x, Loss::kScores ? score_of<S>(params, anchor) : S(1)) : loss_fn.negative(x);
         weight *= label == place.k ? positive : negative;
       }
       const S loss = ignored ? S(0) : weigh(t.loss, weight);

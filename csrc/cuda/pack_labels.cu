@@ -15,12 +15,16 @@ __global__ void __launch_bounds__(kThreads) pack_labels_kernel(const __grid_cons
     const LabelLevel& level = params.level[chunk.level];
     const int64_t base = level.first_anchor + chunk.image * level.anchors;
     int positives = 0, ignored = 0;
+    double scores = 0;
     for (int64_t m = chunk.begin + threadIdx.x; m < chunk.end; m += kThreads) {
       const int64_t packed = packed_label(params.rule, label_at(level, params.type, chunk.image, m));
       assert(packed != kInvalid && "targets: a label is neither a class, nor background_index, nor ignore_index");
       positives += is_positive(params.rule, packed);
       ignored += packed == kIgnored;
       const int64_t at = base + packed_position(level, m);
+      if (params.score_sums != nullptr && packed >= 0)
+        scores += params.wide_scores ? static_cast<const double*>(params.scores)[at]
+                                     : double(static_cast<const float*>(params.scores)[at]);
       if (params.wide_labels) {
         static_cast<int32_t*>(params.packed_labels)[at] = int32_t(packed);
       } else {
@@ -29,6 +33,10 @@ __global__ void __launch_bounds__(kThreads) pack_labels_kernel(const __grid_cons
     }
     positives = block_sum(positives);
     ignored = block_sum(ignored);
+    if (params.score_sums != nullptr) {  // no float atomics: their order is another one each time
+      scores = block_sum(scores);
+      if (threadIdx.x == 0) params.score_sums[index] = scores;
+    }
     if (threadIdx.x == 0) {  // integers: the order of these additions does not matter
       auto* counts = reinterpret_cast<unsigned long long*>(params.counts) + 2 * chunk.image;
       if (positives != 0) atomicAdd(counts, static_cast<unsigned long long>(positives));
@@ -42,6 +50,14 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const CountParams param
   if (i < divisors) params.divisor[i] = divisor_of(params, i);
 }
 
+// One block: the chunks' sums in an order fixed by their numbers.
+__global__ void __launch_bounds__(kThreads) sum_scores_kernel(const CountParams params) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < params.chunks; i += kThreads) sum += params.score_sums[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *params.divisor = at_least(params.minimum, sum);
+}
+
 }  // namespace
 
 void pack_labels(const PackLabelsParams& params, const Context& context) {
@@ -51,7 +67,8 @@ void pack_labels(const PackLabelsParams& params, const Context& context) {
 }
 
 void count(const CountParams& params, const Context& context) {
-  const int64_t divisors = params.count == Count::kPositivesPerImage ? params.images : 1;
+  if (params.count == Count::kScores) return launch(sum_scores_kernel, 1, context, params);
+  const int64_t divisors = is_per_image(params.count) ? params.images : 1;
   if (divisors > 0) launch(count_kernel, (divisors + kThreads - 1) / kThreads, context, params, divisors);
 }
 

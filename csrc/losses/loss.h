@@ -29,7 +29,18 @@
 
 namespace fastfocal {
 
-enum class LossKind : int32_t { kFocal = 0, kFocalStar = 1, kSoftmaxFocal = 9 };
+enum class LossKind : int32_t {
+  kFocal = 0,
+  kFocalStar = 1,
+  kVarifocal = 2,
+  kQualityFocal = 3,
+  kMatchabilityAware = 4,
+  kIouAwareBce = 5,
+  kBce = 6,
+  kGaussianFocal = 7,
+  kAsymmetric = 8,
+  kSoftmaxFocal = 9
+};
 
 // The loss and the numbers of its own, in the order of its kParameters.
 constexpr size_t kMaxLossParameters = 4;

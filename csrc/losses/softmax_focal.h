@@ -43,6 +43,7 @@ struct SoftmaxFocal {
   S gamma;               // of the gradient alone: 0 where q^gamma counts as a constant, whose derivative is left out
   Multiple<S> multiple;  // of the power, with Gamma::kAny
 
+  static constexpr bool kScores = false;
   static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
                                                   {"detach_modulating_factor", ParameterRange::kFlag}};
 

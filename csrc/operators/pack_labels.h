@@ -14,14 +14,16 @@ struct PackLabels {
                                                 int64_t num_classes, int64_t background_index, int64_t ignore_index,
                                                 int64_t count, double minimum, bool background_is_class) {
     const CheckedLogits checked(logits, num_classes);
-    FASTFOCAL_CHECK(!scores, "scores: nothing counts these");
     const int64_t images = checked.images;
     const bool one = labels.size() == 1;  // for all levels
     FASTFOCAL_CHECK(one || labels.size() == logits.size(), "labels: expected 1 or ", logits.size(), " tensors, got ",
                     labels.size());
-    FASTFOCAL_CHECK(count >= 0 && count <= static_cast<int64_t>(Count::kLogits), "count: expected 0 to ",
-                    static_cast<int64_t>(Count::kLogits), ", got ", count);
+    FASTFOCAL_CHECK(count >= 0 && count <= static_cast<int64_t>(Count::kAnchorsPerImage), "count: expected 0 to ",
+                    static_cast<int64_t>(Count::kAnchorsPerImage), ", got ", count);
     FASTFOCAL_CHECK(minimum >= 0, "minimum: expected a number >= 0, got ", minimum);
+    const Count what = static_cast<Count>(count);
+    FASTFOCAL_CHECK(scores || what != Count::kScores, "scores: expected a tensor, as their sum is wanted");
+    if (scores) check_operand({"scores"}, *scores, checked.facts[0], checked.accumulation, checked.anchors);
     int64_t columns = 0;
     for (const Level& level : checked.levels) columns += level.anchors;
     std::vector<Facts> labelled;
@@ -40,17 +42,23 @@ struct PackLabels {
     const bool wide = num_classes > INT16_MAX;
     PackLabelsParams params = {};
     params.type = label_type(labelled[0].dtype);
-    const Count what = static_cast<Count>(count);
-    const int64_t divisors = what == Count::kPositivesPerImage ? images : what == Count::kNothing ? 0 : kNoDimension;
+    const int64_t divisors = is_per_image(what) ? images : what == Count::kNothing ? 0 : kNoDimension;
     const Tensor out = new_numbers(logits[0], checked.anchors, wide ? ScalarType::Int : ScalarType::Short);
     const Tensor divisor = new_numbers(logits[0], divisors, ScalarType::Double);
     const typename Device::Scratch counts(logits[0], images * 2, true);
+    int64_t chunks = 0;  // whose scores are added up
+    for (const Level& level : checked.levels)
+      if (what == Count::kScores) chunks += images * chunks_of(level.anchors);
+    const typename Device::Scratch score_sums(logits[0], chunks, false);
+    double* next_score_sums = static_cast<double*>(score_sums.data());
 
     params.wide_labels = wide;
     params.images = images;
     params.rule = label_rule(num_classes, background_index, ignore_index, background_is_class);
     params.packed_labels = out.mutable_data_ptr();
     params.counts = static_cast<int64_t*>(counts.data());
+    params.wide_scores = checked.accumulation == ScalarType::Double;
+    params.scores = scores ? scores->const_data_ptr() : nullptr;
     int64_t column = 0;
     for (size_t start = 0; start < logits.size(); start += kMaxLevels) {
       params.first_level = static_cast<int32_t>(start);
@@ -72,15 +80,18 @@ struct PackLabels {
         // Class first, the packed labels of a cell's anchors lie apart: [a][cell].
         const uint64_t a = level.layout == Layout::kClassFirst && anchors > cells ? anchors / cells : 1;
         part.per_cell = Divisor(static_cast<uint32_t>(a), anchors);
-        part.chunks = {params.chunks, (level.anchors + kChunkAnchors - 1) / kChunkAnchors};
+        part.chunks = {params.chunks, chunks_of(level.anchors)};
         params.chunks += images * part.chunks.per_image;
         column += level.anchors;
       }
+      params.score_sums = what == Count::kScores ? next_score_sums : nullptr;
+      next_score_sums += params.chunks;
       if (params.chunks > 0) Device::pack_labels(params, logits[0]);
     }
     if (divisor.numel() > 0) {
       double* const to = static_cast<double*>(divisor.mutable_data_ptr());
-      Device::count({params.counts, to, images, num_classes, checked.anchors, what, minimum}, logits[0]);
+      const double* const sums = static_cast<const double*>(score_sums.data());
+      Device::count({params.counts, to, images, num_classes, checked.anchors, what, minimum, sums, chunks}, logits[0]);
     }
     return {out, divisor};
   }

@@ -47,8 +47,22 @@ struct Checked : CheckedLogits {
       const ScalarType label = options.num_classes > INT16_MAX ? ScalarType::Int : ScalarType::Short;
       check_operand({"packed_labels"}, *options.packed_labels, first, label, anchors);
     }
-    FASTFOCAL_CHECK(!options.scores, "scores: no loss here reads them");
-    FASTFOCAL_CHECK(!options.class_mask, "class_mask: not supported");
+    if (options.scores) {
+      FASTFOCAL_CHECK(reads_scores(loss), "scores: expected none, as loss ", static_cast<int64_t>(loss.kind),
+                      " does not read them");
+      FASTFOCAL_CHECK(!soft, "scores: expected none beside soft_targets");
+      check_operand({"scores"}, *options.scores, first, accumulation, anchors);
+    }
+    if (options.class_mask) {
+      FASTFOCAL_CHECK(!takes_anchors(loss.kind), "class_mask: expected none, as loss ", static_cast<int64_t>(loss.kind),
+                      " takes an anchor's classes together");
+      const Argument name = {"class_mask"};
+      const Facts t(*options.class_mask);
+      check_dtype(name, t, ScalarType::Bool);
+      FASTFOCAL_EXPECT(t.dim == 2 && t.sizes[0] == images && t.sizes[1] == options.num_classes, name, "shape (", images,
+                       ", ", options.num_classes, "), got ", t.shape());
+      check_memory(name, t, first);
+    }
     if (options.anchor_weight) check_operand({"anchor_weight"}, *options.anchor_weight, first, accumulation, anchors);
     if (options.class_weights)
       check_operand({"class_weights"}, *options.class_weights, first, accumulation, 2 * options.num_classes);
@@ -177,6 +191,8 @@ struct PyramidLoss : private NewTensors<Device> {
     for (size_t l = 0; l < options.soft_targets.size(); ++l)
       apart.add({"soft_targets", static_cast<int64_t>(l)}, options.soft_targets[l], nullptr);
     if (options.packed_labels) apart.add({"packed_labels"}, *options.packed_labels, nullptr);
+    if (options.scores) apart.add({"scores"}, *options.scores, nullptr);
+    if (options.class_mask) apart.add({"class_mask"}, *options.class_mask, nullptr);
     if (options.anchor_weight) apart.add({"anchor_weight"}, *options.anchor_weight, nullptr);
     if (options.class_weights) apart.add({"class_weights"}, *options.class_weights, nullptr);
     if (options.divisor) apart.add({"divisor"}, *options.divisor, nullptr);
@@ -197,6 +213,12 @@ struct PyramidLoss : private NewTensors<Device> {
     params.packed_labels = o.packed_labels ? o.packed_labels->const_data_ptr() : nullptr;
     params.wide_labels = o.num_classes > INT16_MAX;
     params.wide_soft_targets = !o.soft_targets.empty() && o.soft_targets[0].scalar_type() != checked.dtype;
+    params.scores = o.scores ? o.scores->const_data_ptr() : nullptr;
+    if (o.class_mask) {
+      params.class_mask = static_cast<const uint8_t*>(o.class_mask->const_data_ptr());
+      params.mask_image_stride = o.class_mask->stride(0);
+      params.mask_class_stride = o.class_mask->stride(1);
+    }
     params.anchor_weight = o.anchor_weight ? o.anchor_weight->const_data_ptr() : nullptr;
     params.class_weights = o.class_weights ? o.class_weights->const_data_ptr() : nullptr;
     params.positive_weight = o.positive_weight;

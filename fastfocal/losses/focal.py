@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Alpha, Loss, Module, PerClass, Weight, alpha_weights
 from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, with_signature
@@ -23,7 +23,7 @@ from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, 
 
 @dataclass(frozen=True, eq=False)
 class FocalLoss(Loss):
-    kind = 0
+    kind = ops.FOCAL_LOSS
     name = "focal_loss"
 
     alpha: Any = 0.25

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastfocal import checks, pyramid
+from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Alpha, Loss, Module, PerClass, Weight, alpha_weights
 from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, with_signature
@@ -24,7 +24,7 @@ from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, 
 
 @dataclass(frozen=True, eq=False)
 class FocalLossStar(Loss):
-    kind = 1
+    kind = ops.FOCAL_LOSS_STAR
     name = "focal_loss_star"
 
     alpha: Any = 0.25
