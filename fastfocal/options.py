@@ -107,6 +107,7 @@ class Options(Checked):
     Once `num_classes` is known, `background_index` is a label and `labels` are resolved.
     """
 
+    background_is_class: ClassVar[bool] = False
     num_classes: int | None = option(None, checks.num_classes_or_none)
     labels: str | None = option(None, checks.anything)
     background_index: int | None = option(None, checks.index_or_none)
@@ -122,14 +123,23 @@ class Options(Checked):
             self.labels, self.background_index, self.ignore_index, self.num_classes
         )
         if self.num_classes is not None:
-            background = checks.label_indices(background, ignored, self.num_classes)
+            if self.background_is_class:
+                background = checks.background_class(background, ignored, self.num_classes)
+            else:
+                background = checks.label_indices(background, ignored, self.num_classes)
             object.__setattr__(self, "background_index", background)
             object.__setattr__(self, "ignore_index", ignored)
             object.__setattr__(self, "labels", None)
 
     def of(self, num_classes: int) -> "Options":
         """With the number of classes, where it was left to the shape of the logits."""
-        return Options(**{**{name: getattr(self, name) for name in OPTIONS}, "num_classes": num_classes})
+        return type(self)(**{**{name: getattr(self, name) for name in OPTIONS}, "num_classes": num_classes})
+
+
+class OptionsOfClasses(Options):
+    """Of a loss whose background, if there is one, is a class like others."""
+
+    background_is_class = True
 
 
 OPTIONS: dict[str, Any] = {name: default for name, default, _ in Options.checked_fields}

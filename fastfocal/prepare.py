@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,6 +125,8 @@ def read_targets(loss: Loss, options: Options, inputs: Inputs, synced: bool = Fa
         raise RuntimeError(NO_VMAP)
     if loss.targets != "either":
         check_targets_of_loss(loss, soft)
+    if inputs.class_mask is not None:
+        check_class_mask_of_loss(loss, inputs.class_mask)
     if options.num_classes is None:
         options = options.of(pyramid.num_classes)
     class_mask = None if inputs.class_mask is None else read_class_mask(inputs.class_mask, pyramid)
@@ -280,6 +282,22 @@ def check_targets_of_loss(loss: Loss, soft: bool) -> None:
         raise TypeError(f"targets: {loss.name} expects {wanted}, got {'floating' if soft else 'integer'} ones")
 
 
+def check_class_mask_of_loss(loss: Loss, class_mask: object) -> None:
+    if loss.takes_anchors and class_mask is not None:
+        raise ValueError(f"class_mask: {loss.name} takes none, as an anchor's classes share one softmax; expected None")
+
+
+def class_factors(loss: Loss, class_weight: Any, num_classes: int) -> checks.ClassValues:
+    """`class_weight`, checked."""
+    factors = checks.class_weight("class_weight", class_weight, num_classes)
+    if loss.takes_anchors and len(factors.shape) == 2:
+        raise ValueError(
+            f"class_weight: {loss.name} has no negatives; expected {num_classes} numbers, of the anchors with each label, got "
+            "two rows"
+        )
+    return factors
+
+
 def read_labels(given: list[Tensor], together: bool, pyramid: Pyramid) -> list[Tensor]:
     labels = read_anchors("targets", given, together, pyramid)
     first = labels[0].dtype
@@ -423,7 +441,7 @@ def weigh(
     """The weights of positives and of negatives as numbers, or for each class, (2, K) on the logits' device."""
     positive, negative = loss.weights(num_classes, like.device)
     if class_weight is not None:
-        factors = checks.class_weight("class_weight", class_weight, num_classes)
+        factors = class_factors(loss, class_weight, num_classes)
         of_positives, of_negatives = factors.rows(like.device)
         positive, negative = times(positive, of_positives), times(negative, of_negatives)
     elif isinstance(positive, float) and isinstance(negative, float):
@@ -486,6 +504,8 @@ def resolve_normalizer(
 ) -> Divisor:
     """synced: this rank's part of it, which may be 0, as it is the sum over ranks that is kept from that."""
     normalizer, like = inputs.normalizer, pyramid.levels[0]
+    if reduction == "mean" and loss.takes_anchors:
+        return Divisor(ops.COUNT_LOGITS, 0.0 if synced else 1.0, number=1 / pyramid.num_classes)  # anchors
     if reduction == "mean":
         return logits_that_count(pyramid, soft, class_mask, synced)
     if isinstance(normalizer, Tensor):

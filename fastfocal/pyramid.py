@@ -45,7 +45,7 @@ def sort_keywords(
             own[name] = value
         else:
             raise TypeError(f"{parameters.name}() got an unexpected keyword argument {name!r}")
-    return parameters(**own), Options(**shared), Inputs(logits, targets, **of_call)
+    return parameters(**own), parameters.options(**shared), Inputs(logits, targets, **of_call)
 
 
 def pyramid_loss(
@@ -89,11 +89,24 @@ def pack(prepared: Prepared, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
     scores = prepared.scores if divisor.count == ops.COUNT_SCORES else None
     try:
         return ops.pack_labels(
-            labels, pyramid.dense, scores, classes, background, ignored, divisor.count, divisor.minimum
+            labels,
+            pyramid.dense,
+            scores,
+            classes,
+            background,
+            ignored,
+            divisor.count,
+            divisor.minimum,
+            known.background_is_class,
         )
     except ValueError:
         message = label_conventions.describe_bad_label(
-            prepared.given, prepared.together, pyramid.anchors, classes, background, ignored
+            prepared.given,
+            prepared.together,
+            pyramid.anchors,
+            classes,
+            None if known.background_is_class else background,
+            ignored,
         )
         if message is None:
             raise

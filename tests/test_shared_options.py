@@ -32,10 +32,13 @@ ROW = [0.5, 1.0, 2.0, 0.0, 3.0]
 ROWS = [ROW, [1.0, 0.25, 4.0, 2.0, 0.0]]
 ALPHA = [0.1, 0.2, 0.3, 0.4, 0.5]
 MASK = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
-members = pytest.mark.parametrize("member", LOSSES, ids=lambda member: member.parameters.name)
+every_member = pytest.mark.parametrize("member", LOSSES, ids=lambda member: member.parameters.name)
+# Those of one term for each logit. What the others make of these options is in a file of their own: test_softmax_focal.py.
+OF_EACH_LOGIT = [member for member in LOSSES if not member.parameters.takes_anchors]
+members = pytest.mark.parametrize("member", OF_EACH_LOGIT, ids=lambda member: member.parameters.name)
 labelled_members = pytest.mark.parametrize(
     "member",
-    [member for member in LOSSES if member.parameters.targets != "soft"],
+    [member for member in OF_EACH_LOGIT if member.parameters.targets != "soft"],
     ids=lambda member: member.parameters.name,
 )
 
@@ -441,7 +444,7 @@ def test_targets_of_one_kind_alone() -> None:
 # --- keywords, signatures, and what was saved -------------------------------------------------------------------------
 
 
-@members
+@every_member
 def test_unknown_keywords_are_refused_as_python_does(member: Member) -> None:
     levels, labels = problem()
     name = member.parameters.name
@@ -507,6 +510,8 @@ def test_a_shared_option_is_named_by_everyone() -> None:
     for member in LOSSES:
         own = {field.name for field in dataclasses.fields(member.parameters)}
         wanted = shared | own | ({"scores"} if member.parameters.takes_scores else set())
+        if member.parameters.takes_anchors:
+            wanted -= {"class_mask"}
         for function in (member.function, getattr(reference, member.parameters.name)):
             assert set(inspect.signature(function).parameters) == {"logits", "targets"} | wanted
         kept = wanted - {"weight", "class_mask", "scores"} | set(MODULE_DEFAULTS)

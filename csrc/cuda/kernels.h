@@ -19,5 +19,7 @@ template <class T>
 void run_generic(const KernelParams& params, const Context& context);
 template <class T>
 void run_second(const KernelParams& params, const Context& context);
+template <class T>
+void run_softmax(const KernelParams& params, const Context& context);
 
 }  // namespace fastfocal::cuda

@@ -16,6 +16,11 @@
 //   Derivatives<V> second_negative(V x), second_positive(V x, V score), second_soft(V x, V y);
 //                                           where kHasSecond<Loss>, which no loss inherits, and never for Accuracy::kSixteenBits
 //
+// A loss that takes an anchor's classes together (takes_anchors() in registry.h) has kernels of its own instead, which ask for
+//
+//   static V exponential(V x), exponential(V x, V greatest); V distance(V x, V greatest);
+//   AnchorTerm<V> anchor(V distance, V own, V others);      see softmax_focal.h
+//
 // A negative logit of -inf costs exactly 0 and has gradient 0: kernels put it where nothing is to be counted. The weights of the
 // two classes (alpha), of anchors and of levels stay outside: kernels multiply them in.
 #pragma once
@@ -35,7 +40,8 @@ enum class LossKind : int32_t {
   kIouAwareBce = 5,
   kBce = 6,
   kGaussianFocal = 7,
-  kAsymmetric = 8
+  kAsymmetric = 8,
+  kSoftmaxFocal = 9
 };
 
 // The loss and the numbers of its own, in the order of its kParameters.

@@ -16,6 +16,7 @@ from fastfocal.losses.matchability_aware import (
     matchability_aware_loss,
 )
 from fastfocal.losses.quality_focal import FastQualityFocalLoss, QualityFocalLoss, quality_focal_loss
+from fastfocal.losses.softmax_focal import FastSoftmaxFocalLoss, SoftmaxFocalLoss, softmax_focal_loss
 from fastfocal.losses.varifocal import FastVarifocalLoss, VarifocalLoss, varifocal_loss
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "FastIoUAwareBCELoss",
     "FastMatchabilityAwareLoss",
     "FastQualityFocalLoss",
+    "FastSoftmaxFocalLoss",
     "FastVarifocalLoss",
     "asymmetric_loss",
     "bce_loss",
@@ -36,6 +38,7 @@ __all__ = [
     "iou_aware_bce_loss",
     "matchability_aware_loss",
     "quality_focal_loss",
+    "softmax_focal_loss",
     "varifocal_loss",
 ]
 
@@ -58,4 +61,5 @@ LOSSES = (
     Member(BCELoss, bce_loss, FastBCELoss),
     Member(GaussianFocalLoss, gaussian_focal_loss, FastGaussianFocalLoss),
     Member(AsymmetricLoss, asymmetric_loss, FastAsymmetricLoss),
+    Member(SoftmaxFocalLoss, softmax_focal_loss, FastSoftmaxFocalLoss),
 )
