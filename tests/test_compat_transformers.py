@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from graph import fused_nodes
 from precision import Precision, check, every_precision, large_logits
 from torch import Tensor, nn
 
@@ -388,19 +389,6 @@ def test_all_layers(host: str) -> None:
         torch.testing.assert_close(ours[name], loss, rtol=rtol, atol=0, msg=lambda text, name=name: f"{name}: {text}")
     for mine, their in zip(gradients, expected, strict=True):
         torch.testing.assert_close(mine, their, rtol=rtol, atol=1e-15)
-
-
-def fused_nodes(loss: Tensor) -> list[Any]:
-    """The nodes of fastfocal in the graph of a loss."""
-    seen: dict[int, Any] = {}
-    todo = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is not None and id(node) not in seen:
-            seen[id(node)] = node
-            todo += [following for following, _ in node.next_functions]
-    functions = {id(node): getattr(type(node), "_forward_cls", None) for node in seen.values()}
-    return [node for key, node in seen.items() if functions[key] and functions[key].__module__ == "fastfocal.autograd"]
 
 
 @pytest.mark.parametrize("host", [name for name in CRITERIA if name != "Grounding DINO"])

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 import fastfocal
-from fastfocal.compat.conventions import check_classes, require
+from fastfocal.compat.conventions import check_classes, over, require
 from fastfocal.compat.matching import Layer, fit_one_call, intersection_over_union, labels_and_scores
 from fastfocal.functional import entropy_dtype
 
@@ -61,14 +61,14 @@ def mean_focal_loss(
         gamma: exponent of the modulating factor.
     """
     loss = _focal_loss(inputs, targets, alpha, gamma) / inputs.shape[1]
-    return _over(loss, num_boxes, entropy_dtype(inputs, targets))
+    return over(loss, num_boxes, entropy_dtype(inputs, targets))
 
 
 def sum_focal_loss(
     inputs: Tensor, targets: Tensor, num_boxes: float | Tensor, alpha: float = 0.25, gamma: float = 2
 ) -> Tensor:
     """transformers.loss.loss_grounding_dino.sigmoid_focal_loss: as above, without the mean; any number of dimensions."""
-    return _over(_focal_loss(inputs, targets, alpha, gamma), num_boxes, entropy_dtype(inputs, targets))
+    return over(_focal_loss(inputs, targets, alpha, gamma), num_boxes, entropy_dtype(inputs, targets))
 
 
 def _focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -86,13 +86,6 @@ def _focal_loss(inputs: Tensor, targets: Tensor, alpha: float, gamma: float) -> 
     )
     assert isinstance(loss, Tensor)
     return loss
-
-
-def _over(loss: Tensor, divisor: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Their quotient, in the dtype of a division of a 0-d tensor of `dtype`: rounded once."""
-    if isinstance(divisor, Tensor) and divisor.is_floating_point():
-        dtype = divisor.dtype if divisor.dim() > 0 else torch.promote_types(dtype, divisor.dtype)
-    return (loss / divisor).to(dtype)
 
 
 # --- classification losses of the criteria ----------------------------------------------------------------------------
@@ -334,7 +327,7 @@ def _now_or_later(
     later: Later | None = criterion.__dict__.get(_LATER)
     if later is None or isinstance(num_boxes, Tensor):
         found = loss.compute(criterion, [call], None)[0]
-        return {loss.key: _over(found, num_boxes, loss.dtype(outputs["logits"]))}
+        return {loss.key: over(found, num_boxes, loss.dtype(outputs["logits"]))}
     later.setdefault(loss, []).append(call)
     # The criterion multiplies it with the loss's weight, or not, and files it.
     return {loss.key: torch.ones((), dtype=torch.float64)}
