@@ -33,11 +33,11 @@ DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "11.0", "12.0"]
 AARCH64_ARCHS = ["8.7"]  # Orin: there is no card of it for other machines
 X86_FLAGS = {
     # GCC 12's own AVX-512 headers warn about the undefined operand they mean (its bug 105593).
-    "focal_loss_avx512.cpp": [
+    "isa_avx512.cpp": [
         *["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"],
         *["-Wno-uninitialized", "-Wno-maybe-uninitialized"],
     ],
-    "focal_loss_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
 }
 
 

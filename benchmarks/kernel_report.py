@@ -8,8 +8,8 @@ Instructions per element: the SASS instructions that a warp issues on the loop's
 elements that it stores. The way round is found in the control flow graph: of all cycles that pass a 16-byte store, the
 one with the fewest instructions for each 16 bytes stored (an unrolled loop stores several times). That is the path of a
 vector in which nothing is rare: aligned, inside its level, all background. Predicated instructions count, as they are
-issued; positives, ignored anchors and edges are branches or loops off it, and do not. Kernels that read the codes of labels in
-more than one way (K-contiguous logits: one code for the vector; NCHW: a vector of codes) have a line for each.
+issued; positives, ignored anchors and edges are branches or loops off it, and do not. Kernels that read packed labels in
+more than one way (K-contiguous logits: one label for the vector; NCHW: a vector of labels) have a line for each.
 Instruction counts bound the time from below; they are no time.
 """
 
@@ -64,9 +64,9 @@ def compile_cubin(nvcc: str, source: Path, arch: int, out: Path) -> str:
 
 
 def demangle(name: str) -> str:
-    """`plain_kernel<BFloat16, kTwo, kLossAndGradient>`: enumerators by name, namespaces left out."""
+    """`fast_kernel<Half, FocalStar<float, kSixteenBits>, kLossAndGradient>`: enumerators by name, namespaces left out."""
     text = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout.strip()
-    sources = "\n".join(path.read_text() for path in sorted(CSRC.glob("*.h")))
+    sources = "\n".join(path.read_text() for path in sorted(CSRC.rglob("*.h")))
     for kind, names in re.findall(r"enum class (\w+)[^{;]*\{([^}]*)\}", sources):
         names = [n.split("=")[0].strip() for n in re.sub(r"//.*", "", names).split(",")]
         text = re.sub(rf"\((?:\w+::)*{kind}\)(\d+)", lambda m, names=names: names[int(m[1])], text)
@@ -131,7 +131,7 @@ class Block:
 
     @property
     def narrow_loads(self) -> tuple[str, ...]:
-        """Loads from global memory of fewer than 16 bytes: of label codes."""
+        """Loads from global memory of fewer than 16 bytes: of packed labels."""
         return tuple(sorted(op for op in self.instructions if op.startswith("LDG") and ".128" not in op))
 
 
@@ -240,7 +240,7 @@ def cheapest_cycle(blocks: dict[str, Block]) -> tuple[int, int, tuple[str, ...]]
 
 
 def ways_round(blocks: dict[str, Block]) -> list[tuple[int, int, tuple[str, ...], str]]:
-    """The cheapest cycle for each way of reading label codes, and how they are read."""
+    """The cheapest cycle for each way of reading packed labels, and how they are read."""
     found = {}
     aside = loops_without_stores(blocks)
     blocks = {name: block for name, block in blocks.items() if name not in aside}
@@ -293,7 +293,7 @@ def report(sources: list[Path], archs: list[int], every: bool, mix: bool) -> Ite
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90, 100], choices=sorted(LIMITS))
-    parser.add_argument("--sources", default="focal_loss_plain_*.cu", help="which files of csrc/cuda")
+    parser.add_argument("--sources", default="loss_fast_*.cu", help="which files of csrc/cuda")
     parser.add_argument("--all", action="store_true", help="also the kernels that make only the gradient or the loss")
     parser.add_argument("--mix", action="store_true", help="also each opcode's share of the instructions per element")
     arguments = parser.parse_args()

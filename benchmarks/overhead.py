@@ -29,7 +29,7 @@ CELLS = Pyramid("five levels of one cell N=1 K=80", "cells", 1, 9, 80, ((1, 1),)
 
 
 class Nothing(torch.autograd.Function):
-    """Gradients made beforehand, handed on as FocalLossFunction hands its own on."""
+    """Gradients made beforehand, handed on as PyramidLossFunction hands its own on."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *logits: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Timed:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        for name in ("label_codes", "focal_loss", "scale_gradients_"):
+        for name in ("pack_labels", "pyramid_loss", "scale_gradients_"):
             setattr(self, name, self._timed(getattr(torch.ops.fastfocal, name)))
 
     def _timed(self, operator: Callable[..., Any]) -> Callable[..., Any]:

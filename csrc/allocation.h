@@ -11,6 +11,9 @@
 
 namespace fastfocal {
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 // What the running thread failed to allocate last, for guards.py: torch's own exception may be of a type that only torch can throw.
 struct FailedAllocation {
   int64_t bytes = 0;  // 0: none
@@ -48,8 +51,7 @@ inline std::string device_name(int32_t type, int32_t index) {
 }
 
 // A new tensor on the device of `like`; on the CPU past the dispatcher, which costs a microsecond or two each time.
-inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, int64_t dim, const int64_t* sizes,
-                                        const int64_t* strides, torch::headeronly::ScalarType dtype) {
+inline Tensor new_tensor(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
   int32_t device_type = 0;
   AtenTensorHandle handle = nullptr;
   const int32_t index = like.get_device_index();
@@ -61,12 +63,12 @@ inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, int64
     out_of_memory((last + 1) * static_cast<int64_t>(aoti_torch_dtype_element_size(type)), device_type, index,
                   last_words_of_torch());
   }
-  return torch::stable::Tensor(handle);
+  return Tensor(handle);
 }
 
 // n numbers, or a single one of no dimension.
 constexpr int64_t kNoDimension = -1;
-inline torch::stable::Tensor new_numbers(const torch::stable::Tensor& like, int64_t n, torch::headeronly::ScalarType dtype) {
+inline Tensor new_numbers(const Tensor& like, int64_t n, ScalarType dtype) {
   constexpr int64_t kStride = 1;
   return new_tensor(like, n == kNoDimension ? 0 : 1, &n, &kStride, dtype);
 }

@@ -6,10 +6,11 @@
 
 // Always inlined on the host too: a shared function compiled for AVX-512 in one translation unit must not be the copy that
 // the linker keeps for all of them.
+#define FASTFOCAL_HOST inline __attribute__((always_inline))
 #ifdef __CUDACC__
 #define FASTFOCAL_HD __host__ __device__ __forceinline__
 #else
-#define FASTFOCAL_HD inline __attribute__((always_inline))
+#define FASTFOCAL_HD FASTFOCAL_HOST
 #endif
 
 namespace fastfocal {

@@ -15,10 +15,6 @@ enum class Layout : int32_t {
   kClassFirst,  // [a][k][cell]: contiguous (N, A*K, H, W), cell = h*W + w
 };
 
-// What an anchor is, once the caller's label conventions are resolved (label_codes): a class 0..K-1, or one of these.
-constexpr int kBackground = -1;
-constexpr int kIgnored = -2;
-
 // Unsigned division by a number fixed for the whole call: a multiplication where the product of the two fits 32 bits.
 struct Divisor {
   uint32_t divisor = 1;
@@ -63,7 +59,7 @@ struct Level {
   void* out;                 // gradient or elementwise loss, in the logits' order; null: not wanted
   const void* soft_targets;  // in the logits' order
   const void* incoming;      // elementwise incoming gradient, in the logits' order
-  int64_t first_anchor;      // position of this level's first anchor in the codes and in the weights
+  int64_t first_anchor;      // position of this level's first anchor in the packed labels and in the weights
   int64_t anchors;           // M, anchors of an image
   int64_t image_logits;      // M * K
   Span tiles;
@@ -106,7 +102,7 @@ FASTFOCAL_HD Tile tile_at(const Levels& levels, int64_t index) {
   return tile;
 }
 
-// The anchor and the class of a tile's logits. Anchors are numbered as the codes are: class last, in the caller's order
+// The anchor and the class of a tile's logits. Anchors are numbered as the packed labels are: class last, in the caller's order
 // (h, w, a); class first, as [a][cell].
 struct Place {
   int64_t anchor;

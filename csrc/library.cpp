@@ -1,12 +1,12 @@
-// The module fastfocal._C: importing it registers the operators (their schemas are in operators.h, their kernels in cpu/ and
-// cuda/) and gives the facts of the build.
+// The module fastfocal._C: importing it registers the operators (schema.h has their schemas, cpu/ and cuda/ their kernels) and
+// gives the facts of the build.
 #include <pybind11/pybind11.h>
 
 #include <utility>
 
 #include "allocation.h"
-#include "cpu/focal_loss.h"
-#include "operators.h"
+#include "cpu/isa.h"
+#include "schema.h"
 
 STABLE_TORCH_LIBRARY(fastfocal, m) { fastfocal::define_operators(m); }
 

@@ -21,17 +21,10 @@ except _PackageNotFoundError:
         "run `pip install .` there"
     ) from None
 
-from fastfocal import reference
-from fastfocal.functional import focal_loss, focal_loss_star, sigmoid_focal_loss
-from fastfocal.module import FastFocalLoss, FastFocalLossStar
+from fastfocal import losses, reference
+from fastfocal.losses import *  # noqa: F403  the functions and modules of every loss
 from fastfocal.ops import build_info
+from fastfocal.sigmoid import sigmoid_focal_loss
 
-__all__ = [
-    "FastFocalLoss",
-    "FastFocalLossStar",
-    "build_info",
-    "focal_loss",
-    "focal_loss_star",
-    "reference",
-    "sigmoid_focal_loss",
-]
+__all__ = ["build_info", "reference", "sigmoid_focal_loss"]
+__all__ += losses.__all__

@@ -1,7 +1,7 @@
 """The one autograd.Function of an eager call: one node for every level, and one operator call in each direction.
 
-Where something else than plain autograd may differentiate (`is_transformed`), the operators are called as they are: they carry
-their own derivative (registration.py).
+Where something else than plain autograd may differentiate (`prepare.is_transformed`), the operators are called as they are:
+they carry their own derivative (registration.py).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastfocal import ops
+from fastfocal.ops import OperatorOptions
 from fastfocal.registration import NO_SECOND_DERIVATIVE, in_order_of, refuse_batched, times
 from fastfocal.saved import describe, has_hooks, restore
 
@@ -22,41 +22,6 @@ from fastfocal.saved import describe, has_hooks, restore
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 _keep_graph: Callable[[], bool] | None = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-
-
-class Options(NamedTuple):
-    """The operators' arguments beside the logits, in their order (FASTFOCAL_OPTIONS_SCHEMA in csrc/operators.h)."""
-
-    codes: Tensor | None
-    soft_targets: list[Tensor] | None
-    anchor_weight: Tensor | None
-    class_weights: Tensor | None
-    divisor: Tensor | None
-    level_scales: list[float]
-    positive_weight: float
-    negative_weight: float
-    gamma: float
-    label_smoothing: float
-    detach_modulating_factor: bool
-    family: int
-    beta: float
-    num_classes: int
-    reduction: int
-
-
-def is_transformed() -> bool:
-    """Whether more than plain reverse mode may be at work: a compiler, torch.func or forward mode.
-
-    Raises:
-        RuntimeError: under torch.jit.trace.
-    """
-    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
-    if (
-        torch._C._get_tracing_state() is not None
-    ):  # TorchScript keeps lists of tensors, which PyTorch's stable ABI empties
-        raise RuntimeError("fastfocal: torch.jit.trace is not supported; use torch.export or torch.compile")
-    return False
 
 
 def graph_is_kept() -> bool:
@@ -86,40 +51,40 @@ def in_memory(gradient: Tensor, memory: Memory | None) -> Tensor:
     return torch.empty_strided(*memory, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
 
 
-class Call(NamedTuple):
+class Recorded(NamedTuple):
     """What forward takes beside the logits themselves, as one argument: autograd looks at each."""
 
     mode: str
-    options: Options
+    options: OperatorOptions
     # The logits in the memory order that the kernels read: the same tensors but for those copied for it.
     dense: list[Tensor]
     needs_grad: list[int]  # a flag per level
     copied: list[Memory | None] | None  # None: no level was
 
 
-class FocalLossFunction(torch.autograd.Function):
+class PyramidLossFunction(torch.autograd.Function):
     """(logits of every level) -> (loss,), or one elementwise loss per level."""
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *logits: Tensor) -> tuple[Tensor, ...]:
-        mode, options, dense, needs_grad, copied = call
+    def forward(ctx: Any, recorded: Recorded, *logits: Tensor) -> tuple[Tensor, ...]:
+        mode, options, dense, needs_grad, copied = recorded
         hooked = has_hooks()
+        saved: list[Any]
         if mode == "recompute":
             with below_autograd():
-                losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
-            codes, soft_targets, anchor_weight, class_weights, divisor, *rest = options
-            saved = [*dense, *(soft_targets or ()), codes, anchor_weight, class_weights, divisor]
-            ctx.options = rest  # those that are no tensors
+                losses, _ = ops.pyramid_loss(dense, options, [0] * len(dense))
+            saved = [*dense, *options.tensors()]
+            ctx.options = options.without_tensors()
         elif mode == "inplace":
             # All that may fail comes before the first write.
             empty = dense[0].new_empty(0)
             saved = [t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)]
             losses = ops.new_losses(dense, options.reduction)
             with below_autograd():
-                ops.operators.focal_loss_(dense, losses, *options, needs_grad)
+                ops.pyramid_loss_(dense, losses, options, needs_grad)
         else:
             with below_autograd():
-                losses, saved = ops.operators.focal_loss(dense, *options, needs_grad)
+                losses, saved = ops.pyramid_loss(dense, options, needs_grad)
         # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
         # without a copy.
         ctx.save_for_backward(*saved)
@@ -158,45 +123,44 @@ class FocalLossFunction(torch.autograd.Function):
 
 
 def recomputed(
-    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], rest: list[Any]
+    saved: list[Tensor], grad_outputs: tuple[Tensor, ...], needs_grad: list[int], without_tensors: OperatorOptions
 ) -> list[Tensor]:
     """The gradients of the logits that forward saved, with everything else that it took."""
     levels = len(needs_grad)
-    dense, (*soft_targets, codes, anchor_weight, class_weights, divisor) = saved[:levels], saved[levels:]
-    options = Options(codes, soft_targets or None, anchor_weight, class_weights, divisor, *rest)
+    dense, options = saved[:levels], without_tensors.with_tensors(saved[levels:])
     if options.reduction != ops.NONE:
         incoming = list(grad_outputs)
     elif all(is_one_number(g) for g in grad_outputs):
-        options = options._replace(reduction=ops.LEVEL)
+        options = options.changed(reduction=ops.LEVEL)
         numbers = [g.as_strided((), ()) if g.numel() else g.new_zeros(()) for g in grad_outputs]
         incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
     else:  # the kernel reads them in the logits' order
         incoming = [in_order_of(t, g) for g, t in zip(grad_outputs, dense, strict=True)]
     with below_autograd():
-        return ops.operators.focal_loss_backward(incoming, dense, *options, needs_grad)  # type: ignore[no-any-return]
+        return ops.pyramid_loss_backward(incoming, dense, options, needs_grad)
 
 
-def focal_loss(
-    mode: str, options: Options, logits: list[Tensor], dense: list[Tensor], transformed: bool
+def differentiable_loss(
+    mode: str, options: OperatorOptions, logits: list[Tensor], dense: list[Tensor], transformed: bool
 ) -> tuple[Tensor, ...]:
     """The operator, recorded by autograd where a gradient is wanted.
 
-    transformed: what `is_transformed` said; `dense` was then made of `logits` by operations that autograd has seen.
+    transformed: what `prepare.is_transformed` said; `dense` was then made of `logits` by operations that autograd has seen.
     """
     needs_grad = [int(t.requires_grad) for t in logits]
     wanted = torch.is_grad_enabled() and any(needs_grad)
     if transformed:
         # Gradients made in forward cannot be differentiated, so only a compiler, which cannot either, gets them.
         made = needs_grad if wanted and mode != "recompute" and is_compiling() else [0] * len(dense)
-        losses, _ = ops.operators.focal_loss(dense, *options, made)
+        losses, _ = ops.pyramid_loss(dense, options, made)
     elif wanted:
         copied = None if dense is logits else memory_of_copied(logits, dense)
         if mode == "inplace":
             # Whoever saved these logits for a backward of their own must hear that they are gone. Before the node is made: a
             # view has another grad_fn afterwards, which then is the one that the node points to.
             torch.autograd.graph.increment_version([t for t in logits if t.requires_grad])
-        return FocalLossFunction.apply(Call(mode, options, dense, needs_grad, copied), *logits)
+        return PyramidLossFunction.apply(Recorded(mode, options, dense, needs_grad, copied), *logits)
     else:
         with below_autograd():
-            losses, _ = ops.operators.focal_loss(dense, *options, [0] * len(dense))
+            losses, _ = ops.pyramid_loss(dense, options, [0] * len(dense))
     return tuple(losses)

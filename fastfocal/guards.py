@@ -15,6 +15,10 @@ from torch.compiler import is_compiling
 
 from fastfocal import _C
 
+OPERATORS = (
+    "pack_labels", "pyramid_loss", "pyramid_loss_", "pyramid_loss_backward", "scale_gradients", "scale_gradients_",
+)  # fmt: skip
+
 
 def tensors_of(args: Iterable[Any]) -> list[Tensor]:
     """Those among an operator's arguments, and in its lists."""
@@ -73,9 +77,5 @@ class Operators:
 
     def __init__(self, namespace: Any) -> None:
         self.name: str = namespace.name
-        self.label_codes = with_torchs_own_error(namespace.label_codes)
-        self.focal_loss = with_torchs_own_error(namespace.focal_loss)
-        self.focal_loss_ = with_torchs_own_error(namespace.focal_loss_)
-        self.focal_loss_backward = with_torchs_own_error(namespace.focal_loss_backward)
-        self.scale_gradients = with_torchs_own_error(namespace.scale_gradients)
-        self.scale_gradients_ = with_torchs_own_error(namespace.scale_gradients_)
+        for name in OPERATORS:
+            setattr(self, name, with_torchs_own_error(getattr(namespace, name)))

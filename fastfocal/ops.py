@@ -6,6 +6,8 @@ them in Python (shapes, derivatives, vmap) is in registration.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,10 +25,112 @@ from fastfocal import guards
 # On the CPU the error that an operator words itself is torch's already.
 operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
-# Family, Reduction and Count in csrc/.
-FOCAL_LOSS, FOCAL_LOSS_STAR = range(2)
+# LossKind, Reduction and Count in csrc/.
+FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL, QUALITY_FOCAL, MATCHABILITY_AWARE, IOU_AWARE_BCE, BCE = range(7)
+GAUSSIAN_FOCAL, ASYMMETRIC = range(7, 9)
 SUM, LEVEL, IMAGE, NONE = range(4)
-COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS = range(4)
+COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_SCORES, COUNT_ANCHORS_PER_IMAGE = range(
+    6
+)
+
+
+@dataclass(eq=False)  # not frozen, which costs a microsecond; nothing changes it
+class OperatorOptions:
+    """What `pyramid_loss`, `pyramid_loss_` and `pyramid_loss_backward` take beside logits and flags, in the schema's order.
+
+    They are passed on by name; `arguments` and `named` are the only places that know of an order.
+    """
+
+    packed_labels: Tensor | None
+    soft_targets: list[Tensor] | None
+    scores: Tensor | None
+    anchor_weight: Tensor | None
+    class_weights: Tensor | None
+    class_mask: Tensor | None
+    divisor: Tensor | None
+    level_scales: list[float]
+    positive_weight: float
+    negative_weight: float
+    loss: int
+    loss_parameters: list[float]
+    num_classes: int
+    reduction: int
+
+    def arguments(self, needs_grad: list[int]) -> tuple[Any, ...]:
+        return (*[getattr(self, name) for name in OPTION_NAMES], needs_grad)
+
+    @staticmethod
+    def named(arguments: Sequence[Any]) -> tuple[OperatorOptions, list[int]]:
+        """The options, and the flag per level, of an operator's arguments."""
+        *values, needs_grad = arguments
+        return OperatorOptions(*values), needs_grad
+
+    def tensors(self) -> list[Tensor | None]:
+        """Those that a node saves for backward, which hands them back to `with_tensors`."""
+        return [*(self.soft_targets or ()), *[getattr(self, name) for name in TENSOR_NAMES]]
+
+    def with_tensors(self, tensors: Sequence[Tensor | None]) -> OperatorOptions:
+        levels = len(tensors) - len(TENSOR_NAMES)
+        found = dict(zip(TENSOR_NAMES, tensors[levels:], strict=True))
+        return self.changed(soft_targets=list(tensors[:levels]) or None, **found)
+
+    def without_tensors(self) -> OperatorOptions:
+        return self.with_tensors([None] * len(TENSOR_NAMES))
+
+    def changed(self, **values: Any) -> OperatorOptions:
+        """As `dataclasses.replace`, which takes five microseconds."""
+        new = object.__new__(OperatorOptions)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.update(values)
+        return new
+
+
+OPTION_NAMES = tuple([entry.name for entry in fields(OperatorOptions)])
+TENSOR_NAMES = ("packed_labels", "scores", "anchor_weight", "class_weights", "class_mask", "divisor")
+
+
+# --- the calls --------------------------------------------------------------------------------------------------------
+
+
+def pack_labels(
+    labels: list[Tensor],
+    logits: list[Tensor],
+    scores: Tensor | None,
+    num_classes: int,
+    background: int,
+    ignored: int,
+    count: int,
+    minimum: float,
+) -> tuple[Tensor, Tensor]:
+    """Labels in the order and the form that the kernels read, and what was counted on the way, as a divisor."""
+    return operators.pack_labels(labels, logits, scores, num_classes, background, ignored, count, minimum)  # type: ignore[no-any-return]
+
+
+def pyramid_loss(
+    logits: list[Tensor], options: OperatorOptions, needs_grad: list[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Losses, and the gradient of each level whose flag is set; no gradients at all where none is."""
+    return operators.pyramid_loss(logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
+
+
+def pyramid_loss_(logits: list[Tensor], losses: list[Tensor], options: OperatorOptions, needs_grad: list[int]) -> None:
+    """Writes the losses, and over the logits of each level whose flag is set their gradient."""
+    operators.pyramid_loss_(logits, losses, *options.arguments(needs_grad))
+
+
+def pyramid_loss_backward(
+    grad_outputs: list[Tensor],
+    logits: list[Tensor],
+    options: OperatorOptions,
+    needs_grad: list[int],
+    namespace: Any = None,
+) -> list[Tensor]:
+    """The gradients, of the incoming ones and the logits."""
+    of = operators if namespace is None else namespace
+    return of.pyramid_loss_backward(grad_outputs, logits, *options.arguments(needs_grad))  # type: ignore[no-any-return]
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
 
 
 def images(logits: Tensor) -> int:

@@ -1,184 +1,60 @@
-"""Focal loss over all levels of a feature pyramid in pure PyTorch: slow, readable, what the kernels are held against.
+"""Every loss over all levels of a feature pyramid in pure PyTorch: slow, readable, what the kernels are held against.
 
-    FL(p_t) = -alpha_t * (1 - p_t)^gamma * log(p_t)
+Each level is permuted to (N, M, K), gets a dense target, and is weighted and summed by itself; then the levels are added. The
+loss of one logit is `term` of the loss's file (fastfocal/losses/). Gradients, also second ones, are plain autograd's.
 
-Lin, Goyal, Girshick, He, Dollar: "Focal Loss for Dense Object Detection", 2017, arXiv:1708.02002, equation 5;
-p_t = p for a positive and 1 - p for a negative, with p = sigmoid(logit), and alpha_t alike.
-
-Each level is permuted to (N, M, K), gets a dense one-hot target, and is weighted and summed by itself; then the levels
-are added. Gradients, also second ones, are plain autograd's.
+Functions and classes have the names that they have in `fastfocal`, the classes without "Fast": `reference.focal_loss`,
+`reference.FocalLoss`.
 
 N images, K classes (no background channel), A anchors per cell, M = H*W*A anchors of a level in the order h, w, a.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastfocal import checks
 from fastfocal import labels as label_conventions
-
-__all__ = ["FastFocalLoss", "FastFocalLossStar", "focal_loss", "focal_loss_star", "sigmoid_focal_loss"]
+from fastfocal.losses import LOSSES
+from fastfocal.losses import FocalLoss as _FocalLoss
+from fastfocal.losses.focal import cross_entropy, modulating_factor
+from fastfocal.losses.loss import Loss
+from fastfocal.options import Inputs, Options, defaults_of
+from fastfocal.prepare import check_class_mask, check_normalizer, check_scores, check_targets_of_loss
+from fastfocal.pyramid import sort_keywords
 
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def focal_loss(
-    logits: Tensor | Sequence[Tensor],
-    targets: Tensor | Sequence[Tensor],
-    *,
-    num_classes: int | None = None,
-    alpha: float | Sequence[float] | Tensor | None = 0.25,
-    gamma: float = 2.0,
-    labels: str | None = None,
-    background_index: int | None = None,
-    ignore_index: int = -1,
-    weight: Tensor | Sequence[Tensor] | None = None,
-    level_weights: Sequence[float] | Tensor | None = None,
-    label_smoothing: float = 0.0,
-    detach_modulating_factor: bool = False,
-    normalizer: str | float | Tensor | None = "positives",
-    reduction: str = "sum",
-    grad_mode: str = "auto",
-    loss_weight: float = 1.0,
-) -> Tensor | list[Tensor]:
-    """Focal loss of every level, added over levels.
+def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[Tensor]:
+    """The loss of every level, added over levels.
 
     The term of level l, image n, anchor m and class k is
 
-        loss_weight * level_weights[l] * weight[n, m] * alpha_t * (1 - p_t)^gamma * cross_entropy / divisor
+        loss_weight * level_weights[l] * weight[n, m] * (positive or negative weight)[k] * term / divisor
 
-    Args:
-        logits: one Tensor or a sequence of them, one per level, of one floating dtype: (N, A*K, H, W) with channel
-            a*K + k, (N, M, K), or (M, K), which is one image. 16-bit logits are computed in float32.
-        targets: labels (uint8, int8, int16, int32, int64), per level (N, H, W, A) or (N, M) for 4-D logits, also
-            (N, H, W) where A = 1; (N, M) for 3-D; (M,) for 2-D; or one tensor (N, sum of M) over all levels
-            ((sum of M,) for 2-D). Or soft targets: floating, in [0, 1], shaped as their logits.
-        num_classes: K. Needed for 4-D logits with labels. Else it is the last dimension of the logits
-            (4-D logits with soft targets: all channels, that is A = 1).
-        alpha: weight of the positive class, 1 - alpha of the negative; one number, or K of them. None or a negative
-            number: both weights are 1.
-        gamma: exponent of the modulating factor, >= 0.
-        background_index: the label that means background; None is K. With 0 the classes are the labels 1..K, with any
-            other 0..K-1.
-        ignore_index: anchors with this label give zero loss and zero gradient, whatever their logits are (also NaN),
-            and are not counted. Tested before anything else.
-        weight: a factor per anchor, floating, shaped as labels may be (with soft targets too).
-        level_weights: L factors, one per level.
-        label_smoothing: s; the target of the cross entropy, and only that, becomes y * (1 - s) + s / 2, as in apex
-            and effdet: alpha_t and the modulating factor keep y.
-        detach_modulating_factor: the modulating factor is computed from the detached logits, as RT-DETR computes its weights.
-        normalizer: "positives": max(1, positives of all levels and images). "positives_per_image": each image by its
-            own max(1, positives), then the mean over images, as torchvision's RetinaNet. None: 1. A number > 0, a 0-d
-            tensor, or an (N,) tensor with a divisor for each image; tensors are used as they are. The strings need
-            labels.
-        reduction: "sum"; "level": (L,); "image": (N,); "none": shaped as the logits, a list for a sequence; "mean":
-            the weighted sum over the number of logits of anchors that are not ignored, and no normalizer.
-        grad_mode: "auto", "save", "recompute" or "inplace": accepted so that the signatures agree, and without effect
-            here. Autograd saves what it saves, and the logits are never overwritten.
-        loss_weight: a factor of everything.
+    where ignored anchors and absent classes have none. Arguments as :func:`fastfocal.focal_loss` takes them, with two
+    differences: 16-bit logits are computed in float32, and `grad_mode` is without effect: autograd saves what it saves, and the
+    logits are never overwritten.
 
     Returns:
         float32, or float64 for float64 logits; with "none" in the logits' dtype.
     """
-    if not gamma >= 0:  # so that NaN fails
-        raise ValueError(f"gamma: expected a number >= 0, got {gamma}")
-    return _pyramid_loss(
-        lambda x, y: (
-            _modulating_factor(x.detach() if detach_modulating_factor else x, y, gamma)
-            * _cross_entropy(x, y, label_smoothing)
-        ),
-        logits,
-        targets,
-        num_classes=num_classes,
-        alpha=alpha,
-        labels=labels,
-        background_index=background_index,
-        ignore_index=ignore_index,
-        weight=weight,
-        level_weights=level_weights,
-        normalizer=normalizer,
-        reduction=reduction,
-        grad_mode=grad_mode,
-        loss_weight=loss_weight,
-    )
-
-
-def focal_loss_star(
-    logits: Tensor | Sequence[Tensor],
-    targets: Tensor | Sequence[Tensor],
-    *,
-    num_classes: int | None = None,
-    alpha: float | Sequence[float] | Tensor | None = 0.25,
-    gamma: float = 2.0,
-    beta: float = 1.0,
-    labels: str | None = None,
-    background_index: int | None = None,
-    ignore_index: int = -1,
-    weight: Tensor | Sequence[Tensor] | None = None,
-    level_weights: Sequence[float] | Tensor | None = None,
-    normalizer: str | float | Tensor | None = "positives",
-    reduction: str = "sum",
-    grad_mode: str = "auto",
-    loss_weight: float = 1.0,
-) -> Tensor | list[Tensor]:
-    """Focal loss star of every level, added over levels: appendix B of the paper above.
-
-        FL*(x_t) = -alpha_t * log(sigmoid(gamma * x_t + beta)) / gamma        x_t = x * (2 * y - 1)
-
-    Args:
-        gamma, beta: slope, > 0, and shift of the logit.
-        The others, and what is returned: as for `focal_loss`.
-    """
-    if not gamma > 0:
-        raise ValueError(f"gamma: expected a number > 0, got {gamma}")
-    return _pyramid_loss(
-        lambda x, y: _star(x, y, gamma, beta),
-        logits,
-        targets,
-        num_classes=num_classes,
-        alpha=alpha,
-        labels=labels,
-        background_index=background_index,
-        ignore_index=ignore_index,
-        weight=weight,
-        level_weights=level_weights,
-        normalizer=normalizer,
-        reduction=reduction,
-        grad_mode=grad_mode,
-        loss_weight=loss_weight,
-    )
-
-
-def _pyramid_loss(
-    term: Callable[[Tensor, Tensor], Tensor],
-    logits: Tensor | Sequence[Tensor],
-    targets: Tensor | Sequence[Tensor],
-    *,
-    num_classes: int | None,
-    alpha: float | Sequence[float] | Tensor | None,
-    labels: str | None,
-    background_index: int | None,
-    ignore_index: int,
-    weight: Tensor | Sequence[Tensor] | None,
-    level_weights: Sequence[float] | Tensor | None,
-    normalizer: str | float | Tensor | None,
-    reduction: str,
-    grad_mode: str,
-    loss_weight: float,
-) -> Tensor | list[Tensor]:
-    """term(logits, dense targets), weighted, over all levels; arguments as above."""
-    levels = [logits] if isinstance(logits, Tensor) else list(logits)
-    target_list = [targets] if isinstance(targets, Tensor) else list(targets)
-    background_index, ignore_index = label_conventions.resolve(labels, background_index, ignore_index, num_classes)
+    levels = [inputs.logits] if isinstance(inputs.logits, Tensor) else list(inputs.logits)
+    target_list = [inputs.targets] if isinstance(inputs.targets, Tensor) else list(inputs.targets)
     _check_levels(levels)
-    _check_options(len(levels), level_weights, reduction, grad_mode)
-    _check_no_grad(targets=targets, weight=weight, normalizer=normalizer, alpha=alpha)
+    _check_level_weights(options, len(levels))
+    _check_no_grad(targets=inputs.targets, weight=inputs.weight, normalizer=inputs.normalizer, scores=inputs.scores)
     soft = any(target.is_floating_point() for target in target_list)
-    num_classes = _resolve_num_classes(levels, num_classes, soft)
+    check_targets_of_loss(loss, soft)
+    num_classes = _resolve_num_classes(levels, options.num_classes, soft)
+    options = options.of(num_classes)
+    assert options.background_index is not None
     dtype = _compute_dtype(levels[0].dtype)
 
     # The dense target of every level, (N, M, K), and which of its anchors are ignored, (N, M).
@@ -189,86 +65,85 @@ def _pyramid_loss(
             dense.append(_flatten(target, num_classes))
             ignored.append(torch.zeros_like(dense[-1][..., 0], dtype=torch.bool))
     else:
-        for index, label in enumerate(_split_per_level("targets", targets, levels, num_classes)):
-            one_hot, ignore = _one_hot(label, num_classes, background_index, ignore_index, index)
+        for index, label in enumerate(_split_per_level("targets", inputs.targets, levels, num_classes)):
+            one_hot, ignore = _one_hot(label, num_classes, options.background_index, options.ignore_index, index)
             dense.append(one_hot)
             ignored.append(ignore)
 
-    if reduction == "mean":
-        divisor: float | Tensor = _count_logits(ignored, num_classes).clamp(min=1)
+    present = None  # (N, K): which classes an image has
+    if inputs.class_mask is not None:
+        present = check_class_mask(inputs.class_mask, levels[0], num_classes).reshape(-1, num_classes)
+    scores = None
+    if inputs.scores is not None:
+        check_scores(loss, soft)
+        scores = _split_per_level("scores", inputs.scores, levels, num_classes)
+
+    if options.reduction == "mean":
+        divisor: float | Tensor = _count_logits(ignored, num_classes, present).clamp(min=1)
     else:
-        divisor = _resolve_divisor(normalizer, None if soft else dense, _num_images(levels[0]), dtype)
+        check_normalizer(loss, inputs.normalizer, levels[0], soft, scores is not None)
+        divisor = _resolve_divisor(inputs.normalizer, None if soft else dense, scores, _num_images(levels[0]), dtype)
 
-    weights = None if weight is None else _split_per_level("weight", weight, levels, num_classes)
+    positive, negative = _weights(loss, inputs, num_classes, levels[0].device)
+    weights = None if inputs.weight is None else _split_per_level("weight", inputs.weight, levels, num_classes)
     losses: list[Tensor] = []
-    for index, (level, y, ignore) in enumerate(zip(levels, dense, ignored, strict=True)):
-        ignore = ignore.unsqueeze(-1)
+    for index, (level, target, ignore) in enumerate(zip(levels, dense, ignored, strict=True)):
+        left_out = ignore.unsqueeze(-1)
+        if present is not None:
+            left_out = left_out | ~present.unsqueeze(1)
         # Before anything is computed: the derivative at a NaN is NaN, and stays so when masked afterwards.
-        x = torch.where(ignore, 0.0, _flatten(level, num_classes).to(dtype))
-        loss = _alpha_t(y.to(dtype), alpha) * term(x, y.to(dtype))
+        x = torch.where(left_out, 0.0, _flatten(level, num_classes).to(dtype))
+        y = target.to(dtype)
+        score = y if soft else torch.ones_like(y)
+        if scores is not None:
+            score = scores[index].to(dtype).unsqueeze(-1).expand_as(y)
+        term = _weight(type(loss), y, positive, negative) * loss.term(x, y, score)
         if weights is not None:
-            loss = loss * weights[index].to(dtype).unsqueeze(-1)
-        if level_weights is not None:
-            loss = loss * level_weights[index]
-        loss = loss_weight * loss / divisor
-        losses.append(torch.where(ignore, 0.0, loss))
+            term = term * weights[index].to(dtype).unsqueeze(-1)
+        if options.level_weights is not None:
+            term = term * options.level_weights[index]
+        term = options.loss_weight * term / divisor
+        losses.append(torch.where(left_out, 0.0, term))
 
-    if reduction == "none":
+    if options.reduction == "none":
         shaped = [
-            _unflatten(loss, level, num_classes).to(level.dtype) for loss, level in zip(losses, levels, strict=True)
+            _unflatten(term, level, num_classes).to(level.dtype) for term, level in zip(losses, levels, strict=True)
         ]
-        return shaped[0] if isinstance(logits, Tensor) else shaped
-    if reduction == "image":
-        return torch.stack([loss.sum(dim=(1, 2)) for loss in losses]).sum(dim=0)
-    per_level = torch.stack([loss.sum() for loss in losses])
-    return per_level if reduction == "level" else per_level.sum()
+        return shaped[0] if isinstance(inputs.logits, Tensor) else shaped
+    if options.reduction == "image":
+        return torch.stack([term.sum(dim=(1, 2)) for term in losses]).sum(dim=0)
+    per_level = torch.stack([term.sum() for term in losses])
+    return per_level if options.reduction == "level" else per_level.sum()
 
 
-class FastFocalLoss(nn.Module):
-    """`focal_loss` as a module: the same arguments, given once.
+class Module(nn.Module):
+    """A loss as a module: the function's arguments, given once. `grad_mode` has no effect here."""
 
-    `grad_mode` has no effect here. `sync_normalizer` and `ema_momentum` are not implemented: a value other than the
-    default raises NotImplementedError.
-    """
+    parameters_of_loss: ClassVar[type[Loss]]
 
     def __init__(
-        self,
-        num_classes: int,
-        *,
-        alpha: float | Sequence[float] | Tensor | None = 0.25,
-        gamma: float = 2.0,
-        labels: str | None = None,
-        background_index: int | None = None,
-        ignore_index: int = -1,
-        level_weights: Sequence[float] | Tensor | None = None,
-        label_smoothing: float = 0.0,
-        detach_modulating_factor: bool = False,
-        normalizer: str | float | Tensor | None = "positives",
-        reduction: str = "sum",
-        grad_mode: str = "auto",
-        loss_weight: float = 1.0,
-        sync_normalizer: bool = False,
-        ema_momentum: float | None = None,
-    ) -> None:
+        self, num_classes: int, *, sync_normalizer: bool = False, ema_momentum: float | None = None, **options: Any
+    ):
         super().__init__()
         # As in fastfocal.FastFocalLoss: kept so that nothing moves when they come; to ignore them would train wrongly.
         if sync_normalizer:
             raise NotImplementedError(f"sync_normalizer: got {sync_normalizer}, only False is implemented")
         if ema_momentum is not None:
             raise NotImplementedError(f"ema_momentum: got {ema_momentum}, only None is implemented")
-        self.num_classes = num_classes
-        self.alpha = alpha
-        self.gamma = gamma
-        self.background_index, self.ignore_index = label_conventions.resolve(
-            labels, background_index, ignore_index, num_classes
+        known = self._defaults()
+        if unknown := options.keys() - known.keys():
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {min(unknown)!r}")
+        options = {**known, **options, "num_classes": num_classes}
+        options["background_index"], options["ignore_index"] = label_conventions.resolve(
+            options.pop("labels"), options["background_index"], options["ignore_index"], num_classes
         )
-        self.level_weights = level_weights
-        self.label_smoothing = label_smoothing
-        self.detach_modulating_factor = detach_modulating_factor
-        self.normalizer = normalizer
-        self.reduction = reduction
-        self.grad_mode = grad_mode
-        self.loss_weight = loss_weight
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        per_call = ("num_classes", "weight", "scores", "class_mask")
+        return {n: v for n, v in defaults_of(cls.parameters_of_loss).items() if n not in per_call}
 
     def forward(
         self,
@@ -276,47 +151,48 @@ class FastFocalLoss(nn.Module):
         targets: Tensor | Sequence[Tensor],
         weight: Tensor | Sequence[Tensor] | None = None,
         normalizer: str | float | Tensor | None = None,
+        **others: Any,
     ) -> Tensor | list[Tensor]:
-        """See `focal_loss`; `normalizer=None` is the constructor's."""
-        return self._loss(
-            logits,
-            targets,
-            num_classes=self.num_classes,
-            alpha=self.alpha,
-            gamma=self.gamma,
-            background_index=self.background_index,
-            ignore_index=self.ignore_index,
-            weight=weight,
-            level_weights=self.level_weights,
-            normalizer=self.normalizer if normalizer is None else normalizer,
-            reduction=self.reduction,
-            grad_mode=self.grad_mode,
-            loss_weight=self.loss_weight,
-        )
-
-    def _loss(
-        self, logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], **options: Any
-    ) -> Tensor | list[Tensor]:
-        return focal_loss(
-            logits,
-            targets,
-            label_smoothing=self.label_smoothing,
-            detach_modulating_factor=self.detach_modulating_factor,
-            **options,
-        )
+        """`normalizer=None` is the constructor's; `others`: scores and class_mask, as the function takes them."""
+        # getattr: one that was saved by an earlier version has fewer.
+        options = {n: getattr(self, n, default) for n, default in self._defaults().items() if n != "labels"}
+        options |= {"num_classes": self.num_classes, "weight": weight, **others}
+        if normalizer is not None:
+            options["normalizer"] = normalizer
+        reduction = options.pop("reduction")
+        return pyramid_loss(*sort_keywords(self.parameters_of_loss, logits, targets, reduction, options))
 
 
-class FastFocalLossStar(FastFocalLoss):
-    """`focal_loss_star` as a module: the same arguments, given once."""
+def _function_of(parameters: type[Loss], function: Callable[..., Any]) -> Callable[..., Any]:
+    def reference(logits: Any, targets: Any, *, reduction: str = "sum", **options: Any) -> Tensor | list[Tensor]:
+        return pyramid_loss(*sort_keywords(parameters, logits, targets, reduction, options))
 
-    def __init__(self, num_classes: int, *, gamma: float = 2.0, beta: float = 1.0, **options: Any) -> None:
-        super().__init__(num_classes, gamma=gamma, **options)
-        self.beta = beta
+    reference.__name__ = reference.__qualname__ = function.__name__
+    reference.__doc__ = (
+        f":func:`fastfocal.{function.__name__}` in pure PyTorch: the same arguments; see `pyramid_loss`."
+    )
+    reference.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return reference
 
-    def _loss(
-        self, logits: Tensor | Sequence[Tensor], targets: Tensor | Sequence[Tensor], **options: Any
-    ) -> Tensor | list[Tensor]:
-        return focal_loss_star(logits, targets, beta=self.beta, **options)
+
+def _module_of(parameters: type[Loss], name: str) -> type[Module]:
+    doc = f":class:`fastfocal.Fast{name}` in pure PyTorch: the same arguments. `grad_mode` has no effect here."
+    return type(name, (Module,), {"parameters_of_loss": parameters, "__doc__": doc, "__module__": __name__})
+
+
+__all__ = ["pyramid_loss", "sigmoid_focal_loss"]
+for _member in LOSSES:
+    _name = _member.module.__name__
+    globals()[_member.function.__name__] = _function_of(_member.parameters, _member.function)
+    # Under both names; whole modules that were saved have the one with "Fast".
+    globals()[_name] = globals()[_name.removeprefix("Fast")] = _module_of(
+        _member.parameters, _name.removeprefix("Fast")
+    )
+    __all__ += [_member.function.__name__, _name, _name.removeprefix("Fast")]
+
+
+def __getattr__(name: str) -> Any:  # for type checkers: what the loop above made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def sigmoid_focal_loss(
@@ -343,7 +219,8 @@ def sigmoid_focal_loss(
     result_dtype = torch.promote_types(inputs.dtype, targets.dtype)
     dtype = _compute_dtype(result_dtype)
     x, y = inputs.to(dtype), targets.to(dtype)
-    loss = _alpha_t(y, alpha) * _modulating_factor(x, y, gamma) * _cross_entropy(x, y, 0.0)
+    positive, negative = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
+    loss = _weight(_FocalLoss, y, positive, negative) * modulating_factor(x, y, gamma) * cross_entropy(x, y)
     if reduction == "mean":
         loss = loss.mean()
     elif reduction == "sum":
@@ -351,79 +228,39 @@ def sigmoid_focal_loss(
     return loss.to(result_dtype)
 
 
-# The loss of one logit
+# Weights
 
 
-def _star(x: Tensor, y: Tensor, gamma: float, beta: float) -> Tensor:
-    """-log(sigmoid(gamma * x_t + beta)) / gamma of logits x and targets y in [0, 1], shaped as x."""
-    side = 2 * y - 1
-    x_t = side * torch.where(side == 0, x.clamp(-1e30, 1e30), x)  # 0 of an infinite logit
-    return -nn.functional.logsigmoid(gamma * x_t + beta) / gamma
+def _weights(loss: Loss, inputs: Inputs, num_classes: int, device: torch.device) -> tuple[Any, Any]:
+    """Of positives and of negatives, numbers or (K,), in float64, so that 1 - alpha is rounded once."""
+    positive, negative = loss.weights(num_classes, device)
+    factors = checks.class_weight("class_weight", inputs.class_weight, num_classes)
+    if factors is None:
+        return positive, negative
+    rows = _float64(factors.values, device).expand(2, num_classes)
+    return _float64(positive, device) * rows[0], _float64(negative, device) * rows[1]
 
 
-def _alpha_t(y: Tensor, alpha: float | Sequence[float] | Tensor | None) -> Tensor:
-    """alpha for a positive, 1 - alpha for a negative, in between for a soft target."""
-    if alpha is None or (isinstance(alpha, (int, float)) and alpha < 0):
-        return torch.ones_like(y)
-    alpha = torch.as_tensor(alpha, dtype=torch.float64)  # so that 1 - alpha is rounded once
-    if alpha.ndim > 0 and alpha.shape != y.shape[-1:]:
-        raise ValueError(f"alpha: expected one number or {y.shape[-1]}, one per class, got shape {tuple(alpha.shape)}")
-    return alpha.to(y) * y + (1 - alpha).to(y) * (1 - y)
+def _float64(value: Any, device: torch.device) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64, device=device)
 
 
-def _modulating_factor(x: Tensor, y: Tensor, gamma: float) -> Tensor:
-    """(1 - p_t)^gamma as exp(gamma * log(1 - p_t)).
-
-    The derivative of the power itself holds (1 - p_t)^(gamma - 1), which is infinite at p_t = 1 where gamma < 1.
-    """
-    if gamma == 0:
-        return torch.ones_like(x)
-    factor = torch.exp(gamma * _log_one_minus_p_t(x, y))
-    # At a huge or infinite logit the factor is flat, but the product rule would give 0 * inf.
-    return torch.where(x.abs() > 1e30, factor.detach(), factor)
-
-
-def _log_one_minus_p_t(x: Tensor, y: Tensor) -> Tensor:
-    """log(1 - p_t): that of sigmoid(x) for a negative, of sigmoid(-x) for a positive, of their mixture in between."""
-    between = (y > 0) & (y < 1)
-    mixture = (1 - y) * torch.sigmoid(x) + y * torch.sigmoid(-x)
-    # 1 where the mixture is not used and may be 0: log(0) has no derivative.
-    return torch.where(
-        between, torch.log(torch.where(between, mixture, 1.0)), nn.functional.logsigmoid(torch.where(y == 1, -x, x))
-    )
-
-
-def _cross_entropy(x: Tensor, y: Tensor, label_smoothing: float) -> Tensor:
-    """-(y * log(p) + (1 - y) * log(1 - p)) with p = sigmoid(x) and smoothed y.
-
-    A sum of two terms >= 0. `binary_cross_entropy_with_logits` subtracts, so a well classified negative loses its
-    digits, and an infinite logit becomes NaN.
-    """
-    positive = y * (1 - label_smoothing) + label_smoothing / 2
-    negative = (1 - y) * (1 - label_smoothing) + label_smoothing / 2
-    return _share(positive, -nn.functional.logsigmoid(x)) + _share(negative, -nn.functional.logsigmoid(-x))
-
-
-def _share(share: Tensor, term: Tensor) -> Tensor:
-    """share * term, and 0 for no share of an infinite term."""
-    return torch.where(share == 0, 0.0, share * term)
+def _weight(loss: type[Loss], y: Tensor, positive: Any, negative: Any) -> Tensor:
+    """What the target's weight is: that of a positive, of a negative, or of a soft target."""
+    if isinstance(positive, float) and positive == negative:
+        return torch.full_like(y, positive)
+    return loss.soft_weight(y, _float64(positive, y.device).to(y), _float64(negative, y.device).to(y))
 
 
 # Targets
 
 
 def _one_hot(
-    labels: Tensor, num_classes: int, background_index: int | None, ignore_index: int, level: int
+    labels: Tensor, num_classes: int, background_index: int, ignore_index: int, level: int
 ) -> tuple[Tensor, Tensor]:
     """Labels (N, M) to a one-hot target (N, M, K), all zero for background and ignored, and the ignored (N, M)."""
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"targets[{level}]: expected an integer or a floating dtype, got {labels.dtype}")
-    background_index = num_classes if background_index is None else background_index
-    if background_index == ignore_index:
-        raise ValueError(f"background_index and ignore_index: expected different labels, got {ignore_index} for both")
-    if 0 < background_index < num_classes:
-        raise ValueError(f"background_index: got {background_index}, which is a class of {num_classes} too")
-
     labels = labels.long()
     ignored = labels == ignore_index
     classes = labels - 1 if background_index == 0 else labels
@@ -480,34 +317,36 @@ def _split_soft_targets(targets: list[Tensor], levels: list[Tensor]) -> list[Ten
 
 
 def _resolve_divisor(
-    normalizer: str | float | Tensor | None, one_hot: list[Tensor] | None, num_images: int, dtype: torch.dtype
+    normalizer: str | float | Tensor | None,
+    one_hot: list[Tensor] | None,
+    scores: list[Tensor] | None,
+    num_images: int,
+    dtype: torch.dtype,
 ) -> float | Tensor:
     """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `one_hot` is None for soft targets."""
     if normalizer is None:
         return 1.0
     if isinstance(normalizer, str):
-        if normalizer not in ("positives", "positives_per_image"):
-            raise ValueError(f"normalizer: expected 'positives' or 'positives_per_image', got {normalizer!r}")
-        if one_hot is None:
-            raise ValueError(f"normalizer: {normalizer!r} needs labels to count; pass a number with soft targets")
+        assert one_hot is not None
+        if normalizer == "scores":
+            assert scores is not None
+            of_positives = [
+                (score.double() * target.any(-1)).sum() for score, target in zip(scores, one_hot, strict=True)
+            ]
+            return torch.stack(of_positives).sum().clamp(min=1).to(dtype)
         positives = torch.stack([target.sum(dim=(1, 2)) for target in one_hot]).sum(dim=0)  # (N,)
         if normalizer == "positives":
             return positives.sum().clamp(min=1)
         return (num_images * positives.clamp(min=1)).reshape(num_images, 1, 1)
     if isinstance(normalizer, Tensor):
-        if normalizer.ndim == 0:
-            return normalizer.to(dtype)
-        if normalizer.shape != (num_images,):
-            raise ValueError(f"normalizer: expected shape () or ({num_images},), got {tuple(normalizer.shape)}")
-        return normalizer.to(dtype).reshape(num_images, 1, 1)
-    if not normalizer > 0:
-        raise ValueError(f"normalizer: expected a number > 0, got {normalizer}")
+        return normalizer.to(dtype) if normalizer.ndim == 0 else normalizer.to(dtype).reshape(num_images, 1, 1)
     return normalizer
 
 
-def _count_logits(ignored: list[Tensor], num_classes: int) -> Tensor:
-    """The number of logits of anchors that are not ignored, over all levels and images."""
-    return num_classes * torch.stack([(~ignore).sum() for ignore in ignored]).sum()
+def _count_logits(ignored: list[Tensor], num_classes: int, present: Tensor | None) -> Tensor:
+    """The number of logits of anchors that are not ignored and of classes that are there, over all levels and images."""
+    anchors = torch.stack([(~ignore).sum(dim=1) for ignore in ignored]).sum(dim=0)  # (N,)
+    return (anchors * (num_classes if present is None else present.sum(dim=1))).sum()
 
 
 # Shapes and dtypes
@@ -592,15 +431,9 @@ def _check_levels(levels: list[Tensor]) -> None:
             )
 
 
-def _check_options(
-    num_levels: int, level_weights: Sequence[float] | Tensor | None, reduction: str, grad_mode: str
-) -> None:
-    if level_weights is not None and len(level_weights) != num_levels:
-        raise ValueError(f"level_weights: expected {num_levels}, one per level, got {len(level_weights)}")
-    if reduction not in ("sum", "level", "image", "none", "mean"):
-        raise ValueError(f"reduction: expected 'sum', 'level', 'image', 'none' or 'mean', got {reduction!r}")
-    if grad_mode not in ("auto", "save", "recompute", "inplace"):
-        raise ValueError(f"grad_mode: expected 'auto', 'save', 'recompute' or 'inplace', got {grad_mode!r}")
+def _check_level_weights(options: Options, num_levels: int) -> None:
+    if options.level_weights is not None and len(options.level_weights) != num_levels:
+        raise ValueError(f"level_weights: expected {num_levels}, one per level, got {len(options.level_weights)}")
 
 
 def _check_no_grad(**arguments: object) -> None:

@@ -1,8 +1,9 @@
 """What PyTorch is told about the operators in Python: their shapes, their derivatives, and how they meet ``vmap``.
 
-An eager call of the loss records `autograd.FocalLossFunction` itself and calls the operators below autograd: that costs least.
-Everything else (``torch.compile``, ``torch.export``, ``torch.func``, forward mode, a direct call of ``torch.ops.fastfocal``)
-meets the operators, so they carry their own derivative: `focal_loss` the true one, the others a node that raises.
+An eager call of the loss records `autograd.PyramidLossFunction` itself and calls the operators below autograd: that costs
+least. Everything else (``torch.compile``, ``torch.export``, ``torch.func``, forward mode, a direct call of
+``torch.ops.fastfocal``) meets the operators, so they carry their own derivative: `pyramid_loss` the true one, the others a
+node that raises.
 """
 
 from __future__ import annotations
@@ -16,17 +17,9 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from fastfocal import ops
 from fastfocal.guards import on_one_device, tensors_of
-from fastfocal.ops import (
-    COUNT_NOTHING,
-    COUNT_POSITIVES_PER_IMAGE,
-    IMAGE,
-    LEVEL,
-    NONE,
-    accumulation_dtype,
-    images,
-    new_losses,
-)
+from fastfocal.ops import IMAGE, LEVEL, NONE, OperatorOptions, accumulation_dtype, images, new_losses
 from fastfocal.saved import describe, restore
 
 NO_SECOND_DERIVATIVE = (
@@ -49,47 +42,51 @@ NO_VMAP = (
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def label_codes(
+def pack_labels(
     labels: list[Tensor],
     logits: list[Tensor],
+    scores: Tensor | None,
     num_classes: int,
     background: int,
-    ignore: int,
+    ignored: int,
     count: int,
-    least: float,
+    minimum: float,
 ) -> tuple[Tensor, Tensor]:
     anchors = sum(t.numel() // num_classes for t in logits)
-    codes = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
-    shape = {COUNT_NOTHING: (0,), COUNT_POSITIVES_PER_IMAGE: (images(logits[0]),)}.get(count, ())
-    return codes, logits[0].new_empty(shape, dtype=torch.float64)
+    packed = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
+    n = images(logits[0])
+    per_image = {ops.COUNT_POSITIVES_PER_IMAGE: (n,), ops.COUNT_ANCHORS_PER_IMAGE: (n,)}
+    shape = {ops.COUNT_NOTHING: (0,), **per_image}.get(count, ())
+    return packed, logits[0].new_empty(shape, dtype=torch.float64)
 
 
 def gradients_like(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
     return [torch.empty_like(t) if need else t.new_empty(0) for t, need in zip(logits, needs_grad, strict=True)]
 
 
-# *options ends with num_classes, reduction, needs_grad.
-def focal_loss(logits: list[Tensor], *options: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return new_losses(logits, options[-2]), gradients_like(logits, options[-1]) if any(options[-1]) else []
+def pyramid_loss(logits: list[Tensor], *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    options, needs_grad = OperatorOptions.named(arguments)
+    return new_losses(logits, options.reduction), gradients_like(logits, needs_grad) if any(needs_grad) else []
 
 
-def focal_loss_(logits: list[Tensor], losses: list[Tensor], *options: Any) -> None:
+def pyramid_loss_(logits: list[Tensor], losses: list[Tensor], *arguments: Any) -> None:
     return None
 
 
-def focal_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *options: Any) -> list[Tensor]:
-    return gradients_like(logits, options[-1])
+def pyramid_loss_backward(grad_outputs: list[Tensor], logits: list[Tensor], *arguments: Any) -> list[Tensor]:
+    _, needs_grad = OperatorOptions.named(arguments)
+    return gradients_like(logits, needs_grad)
 
 
-def scale_gradients(grads: list[Tensor], grad_output: Tensor, reduction: int) -> list[Tensor]:
-    return [torch.empty_like(t) for t in grads]
+def scale_gradients(gradients: list[Tensor], grad_output: Tensor, reduction: int) -> list[Tensor]:
+    return [torch.empty_like(t) for t in gradients]
 
 
-def scale_gradients_(grads: list[Tensor], grad_output: Tensor, reduction: int) -> None:
+def scale_gradients_(gradients: list[Tensor], grad_output: Tensor, reduction: int) -> None:
     return None
 
 
-SHAPES = (label_codes, focal_loss, focal_loss_, focal_loss_backward, scale_gradients, scale_gradients_)
+SHAPES = (pack_labels, pyramid_loss, pyramid_loss_, pyramid_loss_backward, scale_gradients, scale_gradients_)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------------------
@@ -114,8 +111,8 @@ class OperatorCall(NamedTuple):
             return self.operator.redispatch(self.keyset & torch._C._after_autograd_keyset, *args)
 
 
-class FocalLossDerivative(_SingleLevelFunction):
-    """``torch.ops.fastfocal.focal_loss`` as autograd sees it: (logits of every level) -> (losses, gradients).
+class PyramidLossDerivative(_SingleLevelFunction):
+    """The operator `pyramid_loss` as autograd sees it: (logits of every level) -> (losses, gradients).
 
     Where the gradients of all levels that need one were made, they are what backward hands on; else it makes them from the
     logits. They are results too, so whoever differentiates them hears that it cannot be done.
@@ -123,19 +120,20 @@ class FocalLossDerivative(_SingleLevelFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, call: OperatorCall, options: tuple[Any, ...], for_jvp: list[Any], *logits: Tensor
+        ctx: Any,
+        call: OperatorCall,
+        options: OperatorOptions,
+        made: list[int],
+        for_jvp: list[Any],
+        *logits: Tensor,
     ) -> tuple[Tensor, ...]:
-        losses, gradients = call(list(logits), *options)
+        losses, gradients = call(list(logits), *options.arguments(made))
         ctx.set_materialize_grads(False)
         ctx.operators, ctx.losses = getattr(torch.ops, call.namespace), len(losses)
-        *_, ctx.reduction, made = options
-        needed = ctx.needs_input_grad[3:]
+        ctx.options = options.without_tensors()
+        needed = ctx.needs_input_grad[NOT_LOGITS:]
         ctx.gradients_made = bool(gradients) and all(got for got, need in zip(made, needed, strict=True) if need)
-        if ctx.gradients_made:
-            saved = gradients
-        else:
-            saved = [*logits, *tensors_of(options)]
-            ctx.options = without_tensors(options[:-1])
+        saved = gradients if ctx.gradients_made else [*logits, *options.tensors()]
         ctx.kept = describe(saved, hooked=True)
         ctx.save_for_backward(*saved)
         ctx.for_jvp = for_jvp
@@ -149,49 +147,51 @@ class FocalLossDerivative(_SingleLevelFunction):
         incoming, of_gradients = list(grad_outputs[: ctx.losses]), grad_outputs[ctx.losses :]
         if any(g is not None for g in of_gradients):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
-        needed = [int(need) for need in ctx.needs_input_grad[3:]]
+        needed = [int(need) for need in ctx.needs_input_grad[NOT_LOGITS:]]
+        nothing = [None] * NOT_LOGITS
         if all(g is None for g in incoming):
-            return (None, None, None, *[None] * len(needed))
+            return (*nothing, *[None] * len(needed))
         for g in incoming:
             refuse_batched(g)
         saved = restore(ctx.saved_tensors, ctx.kept)
         found: list[Any]
+        reduction = ctx.options.reduction
         if not ctx.gradients_made:
-            found = FocalLossDerivative.recomputed(ctx, incoming, saved, needed)
-        elif ctx.reduction == NONE:
+            found = PyramidLossDerivative.recomputed(ctx, incoming, saved, needed)
+        elif reduction == NONE:
             found = [
                 times(t, g) if need and g is not None else None
                 for t, g, need in zip(saved, incoming, needed, strict=True)
             ]
         else:
-            found = ctx.operators.scale_gradients(saved, incoming[0], ctx.reduction)
-        return (None, None, None, *(t if need else None for t, need in zip(found, needed, strict=True)))
+            found = ctx.operators.scale_gradients(saved, incoming[0], reduction)
+        return (*nothing, *(t if need else None for t, need in zip(found, needed, strict=True)))
 
     @staticmethod
     def recomputed(ctx: Any, incoming: list[Tensor | None], saved: list[Tensor], needed: list[int]) -> list[Tensor]:
-        logits, tensors = saved[: len(needed)], saved[len(needed) :]
-        if ctx.reduction == NONE:  # the kernel reads them in the logits' order
+        logits, options = saved[: len(needed)], ctx.options.with_tensors(saved[len(needed) :])
+        if options.reduction == NONE:  # the kernel reads them in the logits' order
             given = [
                 torch.zeros_like(t) if g is None else in_order_of(t, g) for g, t in zip(incoming, logits, strict=True)
             ]
         else:
             given = [incoming[0]]  # type: ignore[list-item]
-        options = with_tensors(ctx.options, tensors)
-        return ctx.operators.focal_loss_backward(given, logits, *options, needed)  # type: ignore[no-any-return]
+        return ops.pyramid_loss_backward(given, logits, options, needed, ctx.operators)
 
     @staticmethod
     @torch._disable_dynamo
-    def jvp(ctx: Any, _call: None, _options: None, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _call: None, _options: None, _made: None, _: None, *tangents: Tensor | None) -> Any:
         """The gradient, times the tangents of the logits."""
         if not ctx.for_jvp:
             raise RuntimeError(NO_FORWARD_OVER_REVERSE)
         # PyTorch calls this with forward mode off, for every level of torch.func below too: an outer jvp would find 0.
         with forward_ad._set_fwd_grad_enabled(True):
-            return FocalLossDerivative.directional(ctx, tangents)
+            return PyramidLossDerivative.directional(ctx, tangents)
 
     @staticmethod
     def directional(ctx: Any, tangents: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        logits, (*options, reduction, _) = ctx.for_jvp
+        logits, options = ctx.for_jvp
+        reduction = options.reduction
         # Without the tangents of this level; not by `forward_ad`, which a compiled graph does not tell of its level.
         logits = [torch._VF._unpack_dual(t, level=0)[0] for t in logits]  # type: ignore[attr-defined]
         dtype = accumulation_dtype(logits[0].dtype)
@@ -201,7 +201,7 @@ class FocalLossDerivative(_SingleLevelFunction):
             shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
             ones = [torch.ones(shape, dtype=dtype, device=logits[0].device)]
         wanted = [int(t is not None) for t in tangents]
-        gradients = ctx.operators.focal_loss_backward(ones, logits, *options, reduction, wanted)
+        gradients = ops.pyramid_loss_backward(ones, logits, options, wanted, ctx.operators)
         products = [
             torch.zeros_like(x) if t is None else times(g, t)
             for x, g, t in zip(logits, gradients, tangents, strict=True)
@@ -213,6 +213,9 @@ class FocalLossDerivative(_SingleLevelFunction):
             return (torch.stack([p.reshape(n, -1).sum(1, dtype=dtype) for p in products]).sum(0),)
         of_levels = torch.stack([p.sum(dtype=dtype) for p in products])
         return (of_levels if reduction == LEVEL else of_levels.sum(),)
+
+
+NOT_LOGITS = 4  # what forward takes before them
 
 
 def refuse_batched(grad_output: Tensor | None) -> None:
@@ -239,33 +242,6 @@ def is_mapped(t: Tensor) -> bool:
 def times(gradient: Tensor, factor: Tensor) -> Tensor:
     """Their product; a gradient of exactly 0, as an ignored anchor has, stays 0 beside what is not finite."""
     return (gradient * factor).masked_fill_(gradient == 0, 0)
-
-
-_TENSOR = object()  # a tensor's place among arguments
-
-
-def without_tensors(args: tuple[Any, ...]) -> list[Any]:
-    return [
-        _TENSOR
-        if isinstance(value, Tensor)
-        else [_TENSOR if isinstance(entry, Tensor) else entry for entry in value]
-        if isinstance(value, (list, tuple))
-        else value
-        for value in args
-    ]
-
-
-def with_tensors(args: list[Any], tensors: list[Tensor]) -> list[Any]:
-    """The arguments with their tensors back, which come in the order of `tensors_of`."""
-    left = iter(tensors)
-    return [
-        next(left)
-        if value is _TENSOR
-        else [next(left) if entry is _TENSOR else entry for entry in value]
-        if isinstance(value, list)
-        else value
-        for value in args
-    ]
 
 
 class NotDifferentiated(_SingleLevelFunction):
@@ -298,32 +274,31 @@ def autograd_kernel(namespace: str, name: str) -> Callable[..., Any]:
         grad_mode = torch.is_grad_enabled()
         call = OperatorCall(operator, keyset, namespace, grad_mode, forward_ad._is_fwd_grad_enabled())
         tensors = tensors_of(args)
-        if name == "focal_loss_":
+        if name == "pyramid_loss_":
             if grad_mode and any(t.requires_grad for t in tensors):
                 raise RuntimeError(
-                    "fastfocal: the operator focal_loss_ writes over tensors that require grad, and is not differentiated; "
+                    f"fastfocal: the operator {name} writes over tensors that require grad, and is not differentiated; "
                     'call fastfocal.focal_loss(..., grad_mode="inplace")'
                 )
             return call(*args)
         # A Function finds out by itself whether there is anything to record, and whether tangents come along.
         with enable_single_level_autograd_function():
-            if name == "focal_loss":
-                return differentiated_focal_loss(call, *args)
+            if name == "pyramid_loss":
+                return differentiated_loss(call, *args)
             results = NotDifferentiated.apply(call, args, *tensors)  # type: ignore[attr-defined]
         return None if name.endswith("_") else list(results)
 
     return kernel
 
 
-def differentiated_focal_loss(
-    call: OperatorCall, logits: list[Tensor], *options: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    if call.grad_mode and any(t.requires_grad for t in tensors_of(options)):
+def differentiated_loss(call: OperatorCall, logits: list[Tensor], *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+    options, made = OperatorOptions.named(arguments)
+    if call.grad_mode and any(t is not None and t.requires_grad for t in options.tensors()):
         raise RuntimeError("fastfocal: targets, weights and divisors are not differentiated; detach() them")
     for_jvp: list[Any] = []
-    results = FocalLossDerivative.apply(call, options, for_jvp, *logits)  # type: ignore[attr-defined]
+    results = PyramidLossDerivative.apply(call, options, made, for_jvp, *logits)  # type: ignore[attr-defined]
     for_jvp.clear()  # it has been called by now, and the node lives on
-    losses = len(logits) if options[-2] == NONE else 1
+    losses = len(logits) if options.reduction == NONE else 1
     return list(results[:losses]), list(results[losses:])
 
 
@@ -341,20 +316,27 @@ def one_entry(value: Any, dims: Any, index: int) -> Any:
 def entry_by_entry(operator: Any) -> Callable[..., Any]:
     """A backward over many incoming gradients (``torch.func.jacrev``): one after the other."""
 
-    def entry(args: list[Any]) -> list[Tensor]:
-        if len(args) > 3 and args[-2] == NONE:  # focal_loss_backward
-            args[0] = [in_order_of(t, g) for g, t in zip(args[0], args[1], strict=True)]
-        return operator(*args)  # type: ignore[no-any-return]
-
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
         results = [
-            entry([one_entry(value, dims, i) for value, dims in zip(args, in_dims, strict=True)])
+            operator(*[one_entry(value, dims, i) for value, dims in zip(args, in_dims, strict=True)])
             for i in range(info.batch_size)
         ]
         stacked = [torch.stack(entries) for entries in zip(*results, strict=True)]
         return stacked, [0] * len(stacked)
 
     return rule
+
+
+def backward_of_entry(operator: Any) -> Callable[..., Any]:
+    """`pyramid_loss_backward` of incoming gradients that were taken apart, which lie in an order of their own."""
+
+    def call(grad_outputs: list[Tensor], logits: list[Tensor], *arguments: Any) -> list[Tensor]:
+        options, _ = OperatorOptions.named(arguments)
+        if options.reduction == NONE:
+            grad_outputs = [in_order_of(t, g) for g, t in zip(grad_outputs, logits, strict=True)]
+        return operator(grad_outputs, logits, *arguments)  # type: ignore[no-any-return]
+
+    return call
 
 
 def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -372,15 +354,16 @@ def register(namespace: str) -> None:
     for shapes in SHAPES:
         name = shapes.__name__
         torch.library.register_fake(f"{namespace}::{name}", on_one_device(shapes))
-        if name == "label_codes":  # integers: there is nothing to differentiate
+        if name == "pack_labels":  # integers: there is nothing to differentiate
             library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         else:
             library.impl(name, autograd_kernel(namespace, name), "Autograd", with_keyset=True)
-        if name in ("focal_loss_backward", "scale_gradients"):
-            operator = getattr(getattr(torch.ops, namespace), name)
-            torch.library.register_vmap(f"{namespace}::{name}", entry_by_entry(operator))
-        else:
-            torch.library.register_vmap(f"{namespace}::{name}", refuse_vmap)
+        operator = getattr(getattr(torch.ops, namespace), name)
+        rules = {
+            "pyramid_loss_backward": entry_by_entry(backward_of_entry(operator)),
+            "scale_gradients": entry_by_entry(operator),
+        }
+        torch.library.register_vmap(f"{namespace}::{name}", rules.get(name, refuse_vmap))
     _libraries.append(library)
 
 

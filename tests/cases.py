@@ -22,7 +22,7 @@ Labels = Tensor | list[Tensor]
 # roundings of 1e-16, times at most gamma * |x| = 140 where an exponent carries them.
 PROMISED = {torch.float64: lambda gamma: 1e-12, torch.float32: lambda gamma: 2e-6 if gamma == 2 else 5e-6}
 # Before the one rounding to 16 bits, which is off by 5e-4 itself, CUDA kernels save instructions: 1e-5 in their own
-# arithmetic (focal_math.h, short_term), and 2e-6 for what a GPU's exp and reciprocal may add.
+# arithmetic (losses/focal.h, short_term), and 2e-6 for what a GPU's exp and reciprocal may add.
 SIXTEEN_BIT_PROMISED = 1.2e-5
 # Weights, level weights, alpha per class, loss weight and the divisor: up to eight roundings of 6e-8 more in float32.
 OPTION_ROUNDINGS = {torch.float64: 1e-14, torch.float32: 5e-7}

@@ -521,7 +521,7 @@ def check_gradients(
     for got, level in zip(found, wanted, strict=True):
         x = levels[level]
         assert got.dtype == x.dtype
-        layout = x if fastfocal.arguments.is_dense(x) else torch.empty_like(x)
+        layout = x if fastfocal.checks.is_dense(x) else torch.empty_like(x)
         for n, stride, expected_stride in zip(x.shape, got.stride(), layout.stride(), strict=True):
             assert n == 1 or got.numel() == 0 or stride == expected_stride, f"{what} of level {level}: {got.stride()}"
         magnitude, want, factor = (values[level] for values in (expected.magnitudes, expected.grads, expected.factors))

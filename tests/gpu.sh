@@ -133,17 +133,17 @@ B() {
   metrics+=",smsp__issue_active.avg.pct_of_peak_sustained_active,sm__warps_active.avg.pct_of_peak_sustained_active"
   metrics+=",launch__registers_per_thread"
   for order in contiguous channels_last; do
-    run "ncu_plain_$order" 90 ncu --clock-control none --kernel-name regex:plain_kernel --metrics "$metrics" \
+    run "ncu_fast_$order" 90 ncu --clock-control none --kernel-name regex:fast_kernel --metrics "$metrics" \
       "$python" tests/gpu/calls.py --large --order $order
-    tail -n 60 "$work/ncu_plain_$order.txt"
+    tail -n 60 "$work/ncu_fast_$order.txt"
   done
-  run ncu_others 90 ncu --clock-control none --kernel-name 'regex:encode_kernel|reduce_kernel|scale_kernel' \
+  run ncu_others 90 ncu --clock-control none --kernel-name 'regex:pack_labels_kernel|reduce_kernel|scale_kernel' \
     --metrics "$metrics" "$python" tests/gpu/calls.py --large --order contiguous
   run times 200 "$python" -m pytest benchmarks --benchmark-only --device=cuda -q -p no:cacheprovider \
     --benchmark-json="$work/times.json" --benchmark-max-time=0.3 -k "800x1344 and (fastfocal or copy) and not copy_into"
   report
-  run ncu_sources 120 ncu --clock-control none --kernel-name regex:plain_kernel --set full --import-source yes \
-    --export "$work/plain" "$python" tests/gpu/calls.py --large --dtype bfloat16
+  run ncu_sources 120 ncu --clock-control none --kernel-name regex:fast_kernel --set full --import-source yes \
+    --export "$work/fast" "$python" tests/gpu/calls.py --large --dtype bfloat16
 }
 
 # Name, seconds, which benchmarks: every one is in one of them.

@@ -35,8 +35,9 @@ KERNEL_TESTS = ["edges", "kernels", "options", "formula", "grad_modes", "star", 
 PYTHON_TESTS = ["errors", "module", "edges", "options", "grad_modes", "autograd", "torchvision_function", "star", "labels",
                 "detached_factor", "properties", "fuzz", "bad_input", "compile"]  # fmt: skip
 # Files compiled once for each instruction set.
-BY_INSTRUCTION_SET = ("vec.h", "vec_math.h", "focal_tile.h", "focal_tile_plain.h", "focal_tile_soft.h", "label_chunk.h",
-                      "focal_tile_general.h", "focal_math.h", "half.h")  # fmt: skip
+BY_INSTRUCTION_SET = ("vec.h", "avx512.h", "avx2.h", "portable.h", "vec_math.h", "tiles.h", "tile_fast.h", "tile_dense.h",
+                      "tile_generic.h", "pack_chunk.h", "packed_labels.h", "elementary.h", "loss.h", "focal.h", "focal_star.h",
+                      "half.h")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def python_mutants(file: str, text: str) -> Iterator[Mutant]:
 def all_mutants() -> dict[str, list[Mutant]]:
     """By kind: what is in csrc/, and what is in fastfocal/."""
     found: dict[str, list[Mutant]] = {"csrc": [], "fastfocal": []}
-    for path in sorted([*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cpu").glob("*")]):
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*.*") if "cuda" not in path.parts):
         found["csrc"] += cpp_mutants(str(path.relative_to(ROOT)), path.read_text())
     for path in sorted((ROOT / "fastfocal").glob("*.py")):
         if path.name not in ("__main__.py", "__init__.py", "reference.py"):

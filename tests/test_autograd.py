@@ -174,7 +174,7 @@ def test_one_node_runs_one_backward_and_one_operator(levels: int, mode: str, gen
     inputs = leaves(draw_levels(size, generator))
     labels = encode(draw_classes(size, generator), 3)
     loss = focal_loss(inputs, labels, num_classes=3, grad_mode=mode)
-    assert loss.grad_fn is not None and "FocalLoss" in loss.grad_fn.name()
+    assert loss.grad_fn is not None and "PyramidLoss" in loss.grad_fn.name()
     graph = nodes(loss.grad_fn)
     assert len(graph) == 1 + levels  # and one AccumulateGrad a leaf
     assert sum("FocalLoss" in node.name() for node in graph) == 1

@@ -96,11 +96,11 @@ WAYS = [*FUNCTIONS, *MODULES]
 
 
 def call(way: str, x: Any, y: Any, **options: Any) -> Any:
-    """In the mode that overwrites the logits. weight and normalizer go to the module's call."""
+    """In the mode that overwrites the logits. weight, normalizer and class_mask go to the module's call."""
     options = {"num_classes": K, "grad_mode": "inplace", **options}
     if way in FUNCTIONS:
         return FUNCTIONS[way](x, y, **options)
-    per_call = {name: options.pop(name) for name in ("weight", "normalizer") if name in options}
+    per_call = {name: options.pop(name) for name in ("weight", "normalizer", "class_mask") if name in options}
     return MODULES[way](**options)(x, y, **per_call)
 
 
@@ -164,7 +164,7 @@ def test_alphas_of_another_kind(way: str, kind: str) -> None:
 # Where these mean something.
 ALLOWED = {
     ("alpha", "none"), ("weight", "none"), ("level_weights", "none"), ("normalizer", "none"), ("background_index", "none"),
-    ("labels", "none"),
+    ("labels", "none"), ("class_weight", "none"), ("class_mask", "none"),
 }  # fmt: skip
 NUMBERS = (
     "alpha",
@@ -176,12 +176,12 @@ NUMBERS = (
     "background_index",
     "ignore_index",
 )
-ARGUMENTS = ("logits", "targets", "weight", "labels", "level_weights", "normalizer", "reduction", "grad_mode",
-             "detach_modulating_factor", *NUMBERS)  # fmt: skip
+ARGUMENTS = ("logits", "targets", "weight", "class_weight", "class_mask", "labels", "level_weights", "normalizer", "reduction",
+             "grad_mode", "detach_modulating_factor", *NUMBERS)  # fmt: skip
 
 
 def takes(way: str, argument: str) -> bool:
-    per_call = ("logits", "targets", "weight") if way in MODULES else ()
+    per_call = ("logits", "targets", "weight", "class_mask") if way in MODULES else ()
     return argument in per_call or argument in inspect.signature(FUNCTIONS.get(way) or MODULES[way]).parameters
 
 

@@ -170,7 +170,7 @@ def test_as_close_in_float32_as_torchvision_is(tiny: nn.Module) -> None:
 def test_the_classification_loss_is_fused(tiny: nn.Module) -> None:
     model = compat.accelerate(tiny).train()
     loss = model(images(), targets())["classification"]
-    assert type(loss.grad_fn).__name__ == "FocalLossFunctionBackward"
+    assert type(loss.grad_fn).__name__ == "PyramidLossFunctionBackward"
     assert len([f for f, _ in loss.grad_fn.next_functions if f is not None]) == 3  # the levels' convolutions
 
 

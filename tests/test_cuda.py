@@ -358,7 +358,7 @@ def test_tensors_on_two_devices_are_refused() -> None:
 # --- more than 2^31 logits --------------------------------------------------------------------------------------------
 
 CLASSES = 3
-# 3 times 715827883 logits are 2^31 + 1 of them. They and their gradients take 4 GiB each, labels and codes 2.
+# 3 times 715827883 logits are 2^31 + 1 of them. They and their gradients take 4 GiB each, labels, packed and not, 2.
 MANY = 715_827_883
 MANY_BYTES = 14 * 2**30
 

@@ -149,21 +149,21 @@ def test_no_weight_of_an_infinite_loss(
 def test_classes_at_the_edge_of_16_bits(
     backend: Backend, classes: int, layout: str, generator: torch.Generator
 ) -> None:
-    """The last class, background and ignored, in codes of 16 and of 32 bits; torch.compile is told the same width."""
+    """The last class, background and ignored, packed in 16 and in 32 bits; torch.compile is told the same width."""
     size = Size(1, 2, classes, ((1, 2),))
     levels = move(draw_levels(size, generator, layout=layout), backend.device)
     labels = torch.tensor([[classes - 1, classes, -1, 0]], device=backend.device)
     check(levels, labels, num_classes=classes, reduction="level")
     check(levels, labels, num_classes=classes, alpha=None, gamma=1.5, label_smoothing=0.125)
-    arguments = ([labels], levels, classes, classes, -1, fastfocal.ops.COUNT_POSITIVES, 1.0)
-    codes, count = fastfocal.ops.operators.label_codes(*arguments)
-    assert codes.dtype == (torch.int16 if classes <= 32767 else torch.int32)
-    assert codes.tolist() == [classes - 1, -1, -2, 0] or codes.tolist() == [classes - 1, -2, -1, 0]  # by layout
+    arguments = ([labels], levels, None, classes, classes, -1, fastfocal.ops.COUNT_POSITIVES, 1.0)
+    packed, count = fastfocal.ops.operators.pack_labels(*arguments)
+    assert packed.dtype == (torch.int16 if classes <= 32767 else torch.int32)
+    assert packed.tolist() == [classes - 1, -1, -2, 0] or packed.tolist() == [classes - 1, -2, -1, 0]  # by layout
     assert count.item() == 2
     with torch._subclasses.FakeTensorMode() as mode:
         meant = [mode.from_tensor(x) for x in levels]
-        fake, _ = fastfocal.ops.operators.label_codes([mode.from_tensor(labels)], meant, *arguments[2:])
-    assert (fake.dtype, fake.shape) == (codes.dtype, codes.shape)
+        fake, _ = fastfocal.ops.operators.pack_labels([mode.from_tensor(labels)], meant, *arguments[2:])
+    assert (fake.dtype, fake.shape) == (packed.dtype, packed.shape)
 
 
 # --- more levels than one launch takes --------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_all_is_well(tmp_path: Path) -> None:
         "labels",
         "cuda",
     }
-    assert list(run.steps("B"))[3:6] == ["ncu_plain_contiguous", "ncu_plain_channels_last", "ncu_others"]
+    assert list(run.steps("B"))[3:6] == ["ncu_fast_contiguous", "ncu_fast_channels_last", "ncu_others"]
     assert len(run.steps("D")) == 3 + 4 * 5
     assert "| row | 1 ms |" in run.printed and "# Results\n" not in run.printed
     assert "12 passed" in run.kept("A", "labels.txt")
@@ -245,8 +245,8 @@ def test_what_does_not_fit_is_left_out(tmp_path: Path) -> None:
     assert (run.out / "B.tar.gz").stat().st_size <= 100000
     with tarfile.open(run.out / "B.tar.gz") as archive:
         names = archive.getnames()
-    assert "./plain.ncu-rep" not in names and "./ncu_others.txt" in names
-    assert run.kept("B", "left_out.txt") == "300000 plain.ncu-rep\n"
+    assert "./fast.ncu-rep" not in names and "./ncu_others.txt" in names
+    assert run.kept("B", "left_out.txt") == "300000 fast.ncu-rep\n"
 
 
 def test_results_are_packed_after_each_step(tmp_path: Path) -> None:

@@ -325,8 +325,8 @@ WHOLE_TILES = {
     "rows_of_3": Size(1, 1, 3, ((50, 110),)),  # less than one
     "planes_of_9000": Size(1, 1, 2, ((90, 100),)),  # more than a tile
     "planes_of_2100": Size(1, 2, 6, ((35, 60),)),  # a tile has several; the last goes on to the next anchor
-    "planes_of_4900": Size(2, 1, 4, ((70, 70),)),  # vectors of 8 codes, not of 4, go over the end
-    "planes_of_4900_twice": Size(1, 2, 4, ((70, 70),)),  # and beyond that end lie another anchor's codes
+    "planes_of_4900": Size(2, 1, 4, ((70, 70),)),  # vectors of 8 packed labels, not of 4, go over the end
+    "planes_of_4900_twice": Size(1, 2, 4, ((70, 70),)),  # and beyond that end lie another anchor's
     "planes_of_4425": Size(1, 1, 4, ((59, 75),)),  # of no whole vectors
     "planes_of_70000": Size(1, 1, 1, ((250, 280),)),  # one class, which is a single plane of each image
     "large_planes": Size(1, 1, 2, ((250, 280),)),  # too large for division by a multiplication

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfocal
-from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, focal_loss_star, functional
-from fastfocal.functional import quotient
+from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, focal_loss_star, prepare
+from fastfocal.prepare import quotient
 
 SIZE = Size(2, 2, 5, ((5, 3), (2, 1)))
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -216,7 +216,8 @@ def test_signatures() -> None:
         "grad_mode": "auto",
         "loss_weight": 1.0,
     }
-    function = {"num_classes": None, **common, "weight": None, "level_weights": None, **late}
+    common["class_weight"] = None
+    function = {"num_classes": None, **common, "weight": None, "class_mask": None, "level_weights": None, **late}
     module = {**common, "level_weights": None, **late, "sync_normalizer": False, "ema_momentum": None}
     for owner in (fastfocal, fastfocal.reference):
         parameters = inspect.signature(owner.focal_loss).parameters
@@ -225,8 +226,9 @@ def test_signatures() -> None:
     parameters = inspect.signature(FastFocalLoss).parameters
     assert {n: p.default for n, p in parameters.items()} == {"num_classes": empty, **module}
     forward = inspect.signature(FastFocalLoss.forward).parameters
-    assert list(forward) == ["self", "logits", "targets", "weight", "normalizer"]
-    assert forward["weight"].default is None and forward["normalizer"].default is None
+    assert list(forward) == ["self", "logits", "targets", "weight", "normalizer", "class_mask"]
+    assert all(forward[name].default is None for name in ("weight", "normalizer", "class_mask"))
+    assert forward["class_mask"].kind == inspect.Parameter.KEYWORD_ONLY
 
 
 def test_representation_shows_what_is_not_the_default() -> None:
@@ -398,13 +400,13 @@ def test_a_normalizer_on_the_host_is_not_copied(normalizer: torch.Tensor) -> Non
 
 def test_numbers_for_each_class_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[Any] = []
-    make = functional.make_weights_of_classes
+    make = prepare.make_class_weights
 
     def counted(*args: Any) -> torch.Tensor:
         copied.append(args)
         return make(*args)
 
-    monkeypatch.setattr(functional, "make_weights_of_classes", counted)
+    monkeypatch.setattr(prepare, "make_class_weights", counted)
     levels, labels = problem()
     alpha = [0.12, 0.34, 0.56, 0.78, 0.9]
     for _ in range(3):

@@ -19,15 +19,17 @@ from torch import Tensor
 
 import fastfocal
 from fastfocal import guards, ops
+from fastfocal.ops import COUNT_SCORES, FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL
 
 N, A, K = 2, 2, 3
 CELLS = ((4, 3), (2, 2), (1, 1))
 ANCHORS = [h * w * A for h, w in CELLS]
-OPTIONS = ("codes", "soft_targets", "anchor_weight", "class_weights", "divisor", "level_scales", "positive_weight",
-           "negative_weight", "gamma", "label_smoothing", "detach_modulating_factor", "family", "beta", "num_classes",
-           "reduction", "needs_grad")  # fmt: skip
+OPTIONS = ("packed_labels", "soft_targets", "scores", "anchor_weight", "class_weights", "class_mask", "divisor",
+           "level_scales", "positive_weight", "negative_weight", "loss", "loss_parameters", "num_classes", "reduction",
+           "needs_grad")  # fmt: skip
 Call = dict[str, Any]  # an operator's arguments by name, in their order
 Change = Callable[[Call], Any]
+NAN, INF = float("nan"), float("inf")
 
 
 def make_logits(device: torch.device) -> list[Tensor]:
@@ -36,21 +38,20 @@ def make_logits(device: torch.device) -> list[Tensor]:
 
 
 def make_options(device: torch.device) -> Call:
-    codes = torch.arange(N * sum(ANCHORS), device=device) % (K + 2) - 2  # ignored, background, classes
+    labels = torch.arange(N * sum(ANCHORS), device=device) % (K + 2) - 2  # ignored, background, classes
     values = (
-        codes.to(torch.int16),
+        labels.to(torch.int16),
         [],
+        None,
+        None,
         None,
         None,
         None,
         [1.0] * 3,
         0.25,
         0.75,
-        2.0,
-        0.0,
-        False,
-        0,
-        0.0,
+        FOCAL_LOSS,
+        [2.0, 0.0, 0.0],
         K,
         0,
         [1] * 3,
@@ -60,11 +61,12 @@ def make_options(device: torch.device) -> Call:
 
 def make(operator: str, device: torch.device) -> Call:
     logits = make_logits(device)
-    if operator == "label_codes":
+    if operator == "pack_labels":
         labels = [torch.arange(N * m, device=device).view(N, m) % (K + 1) for m in ANCHORS]
         return {
             "labels": labels,
             "logits": logits,
+            "scores": None,
             "num_classes": K,
             "background": K,
             "ignore": -1,
@@ -74,9 +76,9 @@ def make(operator: str, device: torch.device) -> Call:
     if operator == "scale_gradients" or operator == "scale_gradients_":
         return {"gradients": logits, "grad_output": torch.tensor(3.0, device=device), "reduction": 0}
     before: Call = {"logits": logits}
-    if operator == "focal_loss_":
+    if operator == "pyramid_loss_":
         before["losses"] = [torch.zeros((), device=device)]
-    if operator == "focal_loss_backward":
+    if operator == "pyramid_loss_backward":
         before = {"grad_outputs": [torch.tensor(3.0, device=device)], **before}
     return {**before, **make_options(device)}
 
@@ -100,7 +102,7 @@ def put_level(name: str, value: Callable[[Tensor], Tensor], level: int = 1) -> C
 
 
 def soft(call: Call, change: Callable[[list[Tensor]], Any] = lambda targets: targets) -> None:
-    call["codes"] = None
+    call["packed_labels"] = None
     call["soft_targets"] = change([t.sigmoid() for t in call["logits"]])
 
 
@@ -142,6 +144,19 @@ def elementwise(name: str, change: Callable[[list[Tensor]], list[Tensor]]) -> Ch
 
 def changed(tensors: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
     return [tensors[0], change(tensors[1]), tensors[2]]
+
+
+# What scores may not be, given them as they should be.
+SCORES: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
+    ("short", lambda t: t[1:], "scores: expected 68 numbers"),
+    ("dtype", Tensor.double, "scores: expected Float, got Double"),
+    ("strided", lambda t: every_other(t), "scores: expected contiguous"),
+    ("storage", resized, "scores: expected a storage of at least 272 bytes, got 0"),
+)
+
+
+def varifocal(call: Call, scores: Tensor) -> None:
+    call.update(loss=VARIFOCAL, loss_parameters=[2.0, 1.0, 0.0], scores=scores)
 
 
 META = r"one device|device of logits\[0\]"  # the dispatcher sends such a call to the shape functions
@@ -223,22 +238,43 @@ ON_LABELS: dict[str, tuple[Change, str]] = {
         r"labels\[1\]: expected a storage of at least 248 bytes, got",
     ),
     "labels_meta": (put_level("labels", lambda t: t.to("meta")), META),
-    "count_below": (put("count", -1), "count: expected 0 to 3, got -1"),
-    "count_above": (put("count", 4), "count: expected 0 to 3, got 4"),
+    "count_below": (put("count", -1), "count: expected 0 to 5, got -1"),
+    "count_above": (put("count", 6), "count: expected 0 to 5, got 6"),
+    "count_scores_without": (put("count", COUNT_SCORES), "scores: expected a tensor, as their sum is wanted"),
+    "count_scores_meta": (
+        lambda call: call.update(count=COUNT_SCORES, scores=torch.ones(68, device="meta")),
+        META,
+    ),
+    **{
+        f"count_scores_{name}": (
+            lambda call, scores=scores: call.update(count=COUNT_SCORES, scores=scores(call["logits"][0].new_ones(68))),
+            message,
+        )
+        for name, scores, message in SCORES
+    },
     "least_nan": (put("least", float("nan")), "minimum: expected a number >= 0, got -?nan"),
 }
 ON_OPTIONS: dict[str, tuple[Change, str]] = {
     **ON_LOGITS,
-    "no_targets": (put("codes", None), "codes: expected either"),
-    "both_targets": (put("soft_targets", lambda call: call["logits"]), "codes: expected either"),
-    "codes_short": (put("codes", lambda call: call["codes"][1:]), r"codes: expected 68 numbers, got shape \(67,\)"),
-    "codes_dtype": (put("codes", lambda call: call["codes"].int()), "codes: expected Short, got Int"),
-    "codes_strided": (put("codes", lambda call: every_other(call["codes"])), "codes: expected contiguous"),
-    "codes_storage": (
-        put("codes", lambda call: resized(call["codes"], 2)),
-        "codes: expected a storage of at least 136 bytes",
+    "no_targets": (put("packed_labels", None), "packed_labels: expected either"),
+    "both_targets": (put("soft_targets", lambda call: call["logits"]), "packed_labels: expected either"),
+    "labels_short": (
+        put("packed_labels", lambda call: call["packed_labels"][1:]),
+        r"packed_labels: expected 68 numbers, got shape \(67,\)",
     ),
-    "codes_meta": (put("codes", lambda call: call["codes"].to("meta")), META),
+    "labels_dtype": (
+        put("packed_labels", lambda call: call["packed_labels"].int()),
+        "packed_labels: expected Short, got Int",
+    ),
+    "labels_strided": (
+        put("packed_labels", lambda call: every_other(call["packed_labels"])),
+        "packed_labels: expected contiguous",
+    ),
+    "labels_storage": (
+        put("packed_labels", lambda call: resized(call["packed_labels"], 2)),
+        "packed_labels: expected a storage of at least 136 bytes",
+    ),
+    "labels_meta": (put("packed_labels", lambda call: call["packed_labels"].to("meta")), META),
     "soft_levels": (lambda call: soft(call, lambda y: y[:2]), "soft_targets: expected 3 levels, got 2"),
     "soft_shape": (
         lambda call: soft(call, lambda y: changed(y, lambda t: t[:, :3].contiguous())),
@@ -268,13 +304,16 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
         put("anchor_weight", lambda call: call["logits"][0].new_ones(67)),
         "anchor_weight: expected 68 numbers",
     ),
-    "weight_dtype": (put("anchor_weight", lambda call: call["codes"]), "anchor_weight: expected Float, got Short"),
+    "weight_dtype": (
+        put("anchor_weight", lambda call: call["packed_labels"]),
+        "anchor_weight: expected Float, got Short",
+    ),
     "weight_strided": (
-        put("anchor_weight", lambda call: every_other(call["codes"].float())),
+        put("anchor_weight", lambda call: every_other(call["packed_labels"].float())),
         "anchor_weight: .*contiguous",
     ),
     "weight_storage": (
-        put("anchor_weight", lambda call: resized(call["codes"].float())),
+        put("anchor_weight", lambda call: resized(call["packed_labels"].float())),
         "anchor_weight: expected a storage",
     ),
     "class_weights_short": (
@@ -282,7 +321,7 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
         "class_weights: expected 6 numbers",
     ),
     "class_weights_dtype": (
-        put("class_weights", lambda call: torch.ones(2, K).double().to(call["codes"].device)),
+        put("class_weights", lambda call: torch.ones(2, K).double().to(call["packed_labels"].device)),
         "class_weights",
     ),
     "class_weights_storage": (
@@ -290,33 +329,90 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
         "class_weights: expected a storage",
     ),
     "divisor_count": (
-        put("divisor", lambda call: call["codes"][:3].double()),
+        put("divisor", lambda call: call["packed_labels"][:3].double()),
         r"divisor: expected 2 numbers, got shape \(3,\)",
     ),
-    "divisor_none": (put("divisor", lambda call: call["codes"][:0].double()), "divisor: expected 2 numbers"),
+    "divisor_none": (put("divisor", lambda call: call["packed_labels"][:0].double()), "divisor: expected 2 numbers"),
     "divisor_dtype": (
         put("divisor", lambda call: call["logits"][0].new_ones(())),
         "divisor: expected Double, got Float",
     ),
-    "divisor_strided": (put("divisor", lambda call: call["codes"].double()[:4:2]), "divisor: expected contiguous"),
-    "divisor_storage": (put("divisor", lambda call: resized(call["codes"][0].double())), "divisor: expected a storage"),
+    "divisor_strided": (
+        put("divisor", lambda call: call["packed_labels"].double()[:4:2]),
+        "divisor: expected contiguous",
+    ),
+    "divisor_storage": (
+        put("divisor", lambda call: resized(call["packed_labels"][0].double())),
+        "divisor: expected a storage",
+    ),
     "divisor_meta": (put("divisor", torch.ones((), dtype=torch.float64, device="meta")), META),
     "scales_short": (put("level_scales", [1.0, 1.0]), "level_scales: expected 3 numbers, one per level, got 2"),
     "scales_long": (put("level_scales", [1.0] * 4), "level_scales: expected 3 numbers, one per level, got 4"),
     "needs_short": (put("needs_grad", [1]), "needs_grad: expected none or 3 flags, one per level, got 1"),
     "needs_long": (put("needs_grad", [1] * 4), "needs_grad: expected none or 3 flags, one per level, got 4"),
-    "family_2": (put("family", 2), "family: expected 0 or 1, got 2"),
-    "family_wide": (put("family", 2**32), "family: expected 0 or 1, got 4294967296"),
+    "loss_below": (put("loss", -1), "loss: expected 0 to 8, got -1"),
+    "loss_above": (put("loss", 9), "loss: expected 0 to 8, got 9"),
+    "loss_wide": (put("loss", 2**32), "loss: expected 0 to 8, got 4294967296"),
     "reduction_below": (put("reduction", -1), "reduction: expected 0 to 3, got -1"),
     "reduction_above": (put("reduction", 4), "reduction: expected 0 to 3, got 4"),
     "reduction_wide": (put("reduction", 2**32), "reduction: expected 0 to 3, got 4294967296"),
-    "gamma_nan": (put("gamma", float("nan")), "gamma: expected a finite number >= 0, got -?nan"),
-    "gamma_infinite": (put("gamma", float("inf")), "gamma: expected a finite number >= 0, got inf"),
-    "gamma_negative": (put("gamma", -1.0), "gamma: expected a finite number >= 0, got -1"),
-    "star_gamma_zero": (lambda call: call.update(family=1, gamma=0.0), "gamma: expected a number > 0"),
-    "smoothing_nan": (put("label_smoothing", float("nan")), "label_smoothing: .*>= 0 and <= 1, got -?nan"),
-    "smoothing_two": (put("label_smoothing", 2.0), "label_smoothing: .*>= 0 and <= 1, got 2"),
-    "beta_nan": (lambda call: call.update(family=1, beta=float("nan")), "beta: expected a finite number, got -?nan"),
+    **{
+        name: (
+            lambda call, loss=loss, numbers=numbers: call.update(loss=loss, loss_parameters=numbers),
+            r"loss_parameters\[\d\]: expected " + message,
+        )
+        for name, loss, numbers, message in (
+            ("gamma_nan", FOCAL_LOSS, [NAN, 0.0, 0.0], "gamma, a finite number >= 0, got -?nan"),
+            ("gamma_infinite", FOCAL_LOSS, [INF, 0.0, 0.0], "gamma, a finite number >= 0, got inf"),
+            ("gamma_negative", FOCAL_LOSS, [-1.0, 0.0, 0.0], "gamma, a finite number >= 0, got -1"),
+            ("smoothing_nan", FOCAL_LOSS, [2.0, NAN, 0.0], "label_smoothing, a number >= 0 and <= 1, got -?nan"),
+            ("smoothing_two", FOCAL_LOSS, [2.0, 2.0, 0.0], "label_smoothing, a number >= 0 and <= 1, got 2"),
+            ("detach_half", FOCAL_LOSS, [2.0, 0.0, 0.5], "detach_modulating_factor, 0 or 1, got 0.5"),
+            ("detach_nan", FOCAL_LOSS, [2.0, 0.0, NAN], "detach_modulating_factor, 0 or 1, got -?nan"),
+            ("star_gamma_zero", FOCAL_LOSS_STAR, [0.0, 1.0], "gamma, a finite number > 0, got 0"),
+            ("star_gamma_nan", FOCAL_LOSS_STAR, [NAN, 1.0], "gamma, a finite number > 0, got -?nan"),
+            ("star_beta_nan", FOCAL_LOSS_STAR, [2.0, NAN], "beta, a finite number, got -?nan"),
+            ("star_beta_infinite", FOCAL_LOSS_STAR, [2.0, -INF], "beta, a finite number, got -inf"),
+        )
+    },
+    "parameters_none": (put("loss_parameters", []), "loss_parameters: expected 3 numbers for loss 0, got 0"),
+    "parameters_short": (put("loss_parameters", [2.0, 0.0]), "loss_parameters: expected 3 numbers for loss 0, got 2"),
+    "parameters_long": (put("loss_parameters", [2.0] * 5), "loss_parameters: expected 3 numbers for loss 0, got 5"),
+    "scores_of_another_loss": (
+        put("scores", lambda call: call["logits"][0].new_ones(68)),
+        "scores: expected none, as loss 0 does not read them",
+    ),
+    "scores_and_soft": (
+        lambda call: (soft(call), varifocal(call, call["logits"][0].new_ones(68))),
+        "scores: expected none beside soft_targets",
+    ),
+    "scores_meta": (lambda call: varifocal(call, torch.ones(68, device="meta")), META),
+    **{
+        f"scores_{name}": (
+            lambda call, scores=scores: varifocal(call, scores(call["logits"][0].new_ones(68))),
+            message,
+        )
+        for name, scores, message in SCORES
+    },
+    **{
+        f"mask_{name}": (
+            put("class_mask", lambda call, mask=mask: mask(call["logits"][0].new_ones(N, K).bool())),
+            message,
+        )
+        for name, mask, message in (
+            ("dtype", Tensor.byte, "class_mask: expected Bool, got Byte"),
+            ("short", lambda t: t[:, 1:], r"class_mask: expected shape \(2, 3\), got \(2, 2\)"),
+            ("fewer_images", lambda t: t[:1], r"class_mask: expected shape \(2, 3\), got \(1, 3\)"),
+            ("flat", Tensor.flatten, r"class_mask: expected shape \(2, 3\), got \(6,\)"),
+            ("storage", resized, "class_mask: expected a storage of at least 6 bytes, got 0"),
+            (
+                "strided_storage",
+                lambda t: resized(every_other(t), 2),
+                "class_mask: expected a storage of at least 11 bytes",
+            ),
+            ("meta", lambda t: t.to("meta"), META),
+        )
+    },
     "positive_weight_nan": (
         put("positive_weight", float("nan")),
         "positive_weight: expected a finite number, got -?nan",
@@ -357,9 +453,17 @@ ON_LOSSES: dict[str, tuple[Change, str]] = {
         lambda call: soft(call, lambda y: [call["logits"][0], *y[1:]]),
         r"soft_targets\[0\]: shares memory with logits\[0\]",
     ),
-    "codes_in_logits": (
-        put("codes", lambda call: call["logits"][0].view(torch.int16).flatten()[:68]),
-        r"codes: shares memory with logits\[0\]",
+    "scores_in_logits": (
+        lambda call: varifocal(call, call["logits"][0].view(-1)[:68]),
+        r"scores: shares memory with logits\[0\]",
+    ),
+    "mask_in_logits": (
+        put("class_mask", lambda call: call["logits"][1].view(torch.bool).flatten()[: N * K].view(N, K)),
+        r"class_mask: shares memory with logits\[1\]",
+    ),
+    "labels_in_logits": (
+        put("packed_labels", lambda call: call["logits"][0].view(torch.int16).flatten()[:68]),
+        r"packed_labels: shares memory with logits\[0\]",
     ),
 }
 ON_INCOMING: dict[str, tuple[Change, str]] = {
@@ -458,10 +562,10 @@ ON_GRADIENTS_IN_PLACE = {
     ),
 }
 CASES = {
-    "label_codes": ON_LABELS,
-    "focal_loss": ON_OPTIONS,
-    "focal_loss_": ON_LOSSES,
-    "focal_loss_backward": ON_INCOMING,
+    "pack_labels": ON_LABELS,
+    "pyramid_loss": ON_OPTIONS,
+    "pyramid_loss_": ON_LOSSES,
+    "pyramid_loss_backward": ON_INCOMING,
     "scale_gradients": ON_GRADIENTS,
     "scale_gradients_": ON_GRADIENTS_IN_PLACE,
 }

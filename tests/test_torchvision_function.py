@@ -13,7 +13,7 @@ from oracle import element_gradient, element_loss
 from precision import Precision, check, every_precision
 from torch import Tensor
 
-from fastfocal import functional, reference, sigmoid_focal_loss
+from fastfocal import reference, sigmoid, sigmoid_focal_loss
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 4, 5), (2, 3, 5, 7), (2, 1, 3, 2, 2), (0,), (3, 0, 2), (1031,)]
 
@@ -115,9 +115,9 @@ def test_precision(precision: Precision, shape: tuple[int, ...], reduction: str)
 def test_reduced_losses_do_not_copy_16_bit_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither under autocast nor for float32 targets: the kernels read them as they are."""
     seen = []
-    original = functional.focal_loss
+    original = sigmoid.focal_loss
     monkeypatch.setattr(
-        functional, "focal_loss", lambda x, *rest, **options: (seen.append(x), original(x, *rest, **options))[1]
+        sigmoid, "focal_loss", lambda x, *rest, **options: (seen.append(x), original(x, *rest, **options))[1]
     )
     x, y = large((3, 2, 8, 9))
     x = x.bfloat16()

@@ -379,7 +379,7 @@ class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
         self.args: tuple[Any, ...] = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.fastfocal.focal_loss.default:
+        if func is torch.ops.fastfocal.pyramid_loss.default:
             self.args = args
         return func(*args, **(kwargs or {}))
 
@@ -394,7 +394,7 @@ def test_the_operator_has_the_true_derivative(reduction: str, flags: list[int]) 
     with Recorded() as recorded:
         focal_loss(levels, labels, reduction=reduction)
     logits = [x.clone().requires_grad_() for x in levels]
-    losses, _ = torch.ops.fastfocal.focal_loss(logits, *recorded.args[1:-1], flags)
+    losses, _ = torch.ops.fastfocal.pyramid_loss(logits, *recorded.args[1:-1], flags)
     incoming = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in losses]
     torch.autograd.backward(losses, incoming)
     twins = [x.clone().requires_grad_() for x in levels]
@@ -409,8 +409,8 @@ def test_operators_that_write_refuse_what_needs_a_gradient() -> None:
     with Recorded() as recorded:
         focal_loss(x, torch.zeros(2, 6, dtype=torch.int64))
     logits, before = x.clone().requires_grad_() * 1, x.clone()
-    with pytest.raises(RuntimeError, match="focal_loss_ writes over tensors that require grad"):
-        torch.ops.fastfocal.focal_loss_([logits], [torch.zeros(())], *recorded.args[1:-1], [1])
+    with pytest.raises(RuntimeError, match="pyramid_loss_ writes over tensors that require grad"):
+        torch.ops.fastfocal.pyramid_loss_([logits], [torch.zeros(())], *recorded.args[1:-1], [1])
     assert torch.equal(logits.detach(), before)
     torch.ops.fastfocal.scale_gradients_([logits], torch.full((), 2.0), 0)
     assert torch.equal(logits.detach(), 2 * before)

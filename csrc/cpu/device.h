@@ -1,10 +1,11 @@
-// The CPU as a Device of operators.h.
+// The CPU as a Device of the operators.
 #pragma once
 
 #include <cstdlib>
 #include <memory>
 
-#include "../operators.h"
+#include "../allocation.h"
+#include "../kernel_params.h"
 
 namespace fastfocal {
 
@@ -19,12 +20,12 @@ struct Cpu {
     std::unique_ptr<void, void (*)(void*)> memory_;
   };
 
-  static void run(const Call& call, const Tensor& like);
-  static void reduce(const Call& call, void* loss, int64_t size, bool add, const Tensor& like);
+  static void run(const KernelParams& params, const Tensor& like);
+  static void reduce(const KernelParams& params, void* loss, int64_t size, bool add, const Tensor& like);
   static void fresh(void* memory, size_t bytes);
-  static void encode(const LabelCall& call, const Tensor& like);
-  static void count(const CountCall& call, const Tensor& like);
-  static void scale(const ScaleCall& call, const Tensor& like);
+  static void pack_labels(const PackLabelsParams& params, const Tensor& like);
+  static void count(const CountParams& params, const Tensor& like);
+  static void scale(const ScaleParams& params, const Tensor& like);
 };
 
 }  // namespace fastfocal

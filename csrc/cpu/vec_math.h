@@ -1,8 +1,8 @@
-// exp and log for Vec, as focal_math.h wants them.
+// exp and log for Vec, as elementary.h wants them.
 //
 // AVX-512 looks up a vector of numbers in a table of 32, which two registers hold, with one instruction. What is left for a
 // polynomial is then so near to 0 that few terms do: exp(-|x|) and log(1 + e) take 9 multiplications and multiply-adds where
-// the polynomials of focal_math.h take 19, and those are what the loop waits for. The other instruction sets have no such
+// the polynomials of elementary.h take 19, and those are what the loop waits for. The other instruction sets have no such
 // tables, or gain little by them (AVX2, of 8: docs/notes/cpu_loop.md).
 #pragma once
 
@@ -45,13 +45,13 @@ inline Vec exp_from(Vec f, Vec shifted) {
 }
 
 inline Vec exp_nonpositive(Vec x) {
-  const Vec whole(kWhole), hi = at_least(x, Vec(float(kExpLeast)));
+  const Vec whole(kWhole), hi = clamp_min(x, Vec(float(kExpLeast)));
   const Vec shifted = fused_multiply_add(hi, Vec(32 * 1.44269504f), whole);
   return exp_from(fused_multiply_add(shifted - whole, Vec(-0.693147181f / 32), hi), shifted);
 }
 inline Vec exp_of_sum(Vec x, Vec lo) {
-  const Vec whole(kWhole), least{float(kExpLeast)}, hi = at_least(x, least);
-  const Vec shifted = fused_multiply_add(at_least(hi + lo, least), Vec(32 * 1.44269504f), whole);
+  const Vec whole(kWhole), least{float(kExpLeast)}, hi = clamp_min(x, least);
+  const Vec shifted = fused_multiply_add(clamp_min(hi + lo, least), Vec(32 * 1.44269504f), whole);
   return exp_from(fused_multiply_add(shifted - whole, Vec(-0.693147181f / 32), hi) + lo, shifted);
 }
 // As multiple_by_polynomial() has it.
@@ -86,11 +86,11 @@ inline Vec add_log1p_unit(Vec e, Vec x) {
 
 #else
 
-// The steps of exp_by_polynomial() in focal_math.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
+// The steps of exp_by_polynomial() in elementary.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
 // bits: an exponent, once shifted up.
 inline void split_ln2(Vec& x, Vec* n, Vec* power) {
   const Vec magic(12582912.0f + 127.0f);
-  x = at_least(x, Vec(float(kExpLeast)));
+  x = clamp_min(x, Vec(float(kExpLeast)));
   const Vec shifted = fused_multiply_add(x, Vec(1.44269504f), magic);
   *n = shifted - magic;
   *power = shifted_up(shifted);

@@ -1,6 +1,9 @@
-// A CUDA device as a Device of operators.h. The kernels' files (*.cu) see only call.h and context.h, no torch.
+// A CUDA device as a Device of the operators. The kernels' files (*.cu) see only kernels.h, no torch.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include "../allocation.h"
 #include "../operators.h"
 #include "context.h"
 #include "kernels.h"
@@ -18,14 +21,14 @@ struct Cuda {
     Tensor memory_;
   };
 
-  static void run(const Call& call, const Tensor& like) { cuda::run(call, Context(like)); }
-  static void reduce(const Call& call, void* loss, int64_t size, bool add, const Tensor& like) {
-    cuda::reduce(call, loss, size, add, Context(like));
+  static void run(const KernelParams& params, const Tensor& like) { cuda::run(params, Context(like)); }
+  static void reduce(const KernelParams& params, void* loss, int64_t size, bool add, const Tensor& like) {
+    cuda::reduce(params, loss, size, add, Context(like));
   }
   static void fresh(void*, size_t) {}
-  static void encode(const LabelCall& call, const Tensor& like) { cuda::encode(call, Context(like)); }
-  static void count(const CountCall& call, const Tensor& like) { cuda::count(call, Context(like)); }
-  static void scale(const ScaleCall& call, const Tensor& like) { cuda::scale(call, Context(like)); }
+  static void pack_labels(const PackLabelsParams& params, const Tensor& like) { cuda::pack_labels(params, Context(like)); }
+  static void count(const CountParams& params, const Tensor& like) { cuda::count(params, Context(like)); }
+  static void scale(const ScaleParams& params, const Tensor& like) { cuda::scale(params, Context(like)); }
 };
 
 inline void implement_operators(torch::stable::detail::StableLibrary& m) { Operators<Cuda>::implement(m); }

@@ -1,24 +1,21 @@
 // What the *.cu files give: each launches on the context's stream and returns without waiting.
 #pragma once
 
-#include "../call.h"
+#include "../kernel_params.h"
 #include "context.h"
 
 namespace fastfocal::cuda {
 
-void run(const Call& call, const Context& context);
-void reduce(const Call& call, void* loss, int64_t size, bool add, const Context& context);
-void encode(const LabelCall& call, const Context& context);
-void count(const CountCall& call, const Context& context);
-void scale(const ScaleCall& call, const Context& context);
+void run(const KernelParams& params, const Context& context);
+void reduce(const KernelParams& params, void* loss, int64_t size, bool add, const Context& context);
+void pack_labels(const PackLabelsParams& params, const Context& context);
+void count(const CountParams& params, const Context& context);
+void scale(const ScaleParams& params, const Context& context);
 
-// run() by dtype, each in a translation unit of its own so that they compile side by side.
-void run_plain_float32(const Call& call, const Context& context);
-void run_plain_float16(const Call& call, const Context& context);
-void run_plain_bfloat16(const Call& call, const Context& context);
-void run_general_float32(const Call& call, const Context& context);
-void run_general_float16(const Call& call, const Context& context);
-void run_general_bfloat16(const Call& call, const Context& context);
-void run_general_float64(const Call& call, const Context& context);
+// run() for logits of type T; each T in a translation unit of its own (loss_*_*.cu), so that they compile side by side.
+template <class T>
+void run_fast(const KernelParams& params, const Context& context);
+template <class T>
+void run_generic(const KernelParams& params, const Context& context);
 
 }  // namespace fastfocal::cuda

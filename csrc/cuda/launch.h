@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "../call.h"
+#include "../kernel_params.h"
 #include "context.h"
 
 namespace fastfocal::cuda {
@@ -49,15 +49,15 @@ struct TileWork {
 };
 
 template <class S>
-__device__ __forceinline__ const TileWork& begin_tile(const Call& call, int64_t index) {
+__device__ __forceinline__ const TileWork& begin_tile(const KernelParams& params, int64_t index) {
   __shared__ TileWork work;
   __syncthreads();  // the last tile is done
   if (threadIdx.x == 0) {
-    work.tile = tile_at(call.levels, index);
-    work.map = TileMap(call.levels, work.tile);
-    work.scale = scale_of<S>(call, work.tile.level, work.tile.image);
-    work.negative = float(call.negative_weight * work.scale);
-    work.positive = float(call.positive_weight * work.scale);
+    work.tile = tile_at(params.levels, index);
+    work.map = TileMap(params.levels, work.tile);
+    work.scale = scale_of<S>(params, work.tile.level, work.tile.image);
+    work.negative = float(params.negative_weight * work.scale);
+    work.positive = float(params.positive_weight * work.scale);
   }
   __syncthreads();
   return work;

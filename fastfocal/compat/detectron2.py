@@ -26,7 +26,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import IGNORED, check_classes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -125,7 +125,7 @@ class FastFCOS(fcos.FCOS):  # type: ignore[misc]
         return losses
 
 
-_FAST: swaps.Swaps = {retinanet.RetinaNet: FastRetinaNet, fcos.FCOS: FastFCOS}
+_FAST: patching.Swaps = {retinanet.RetinaNet: FastRetinaNet, fcos.FCOS: FastFCOS}
 
 
 def accelerate(model: Model) -> Model:
@@ -137,7 +137,7 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: neither is in it, or one is that was subclassed.
     """
-    return swaps.accelerate(model, _FAST, "model", "detectron2's RetinaNet or FCOS")
+    return patching.accelerate(model, _FAST, "model", "detectron2's RetinaNet or FCOS")
 
 
 def restore(model: Model) -> Model:
@@ -146,4 +146,4 @@ def restore(model: Model) -> Model:
         mean = getattr(module, "loss_normalizer", None)
         if type(module) in _FAST.values() and isinstance(mean, Tensor):
             module.loss_normalizer = mean.item()  # type: ignore[assignment]
-    return swaps.restore(model, _FAST)
+    return patching.restore(model, _FAST)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,8 +82,8 @@ class CheckedDetBenchTrain(effdet.bench.DetBenchTrain):  # type: ignore[misc]
         return losses
 
 
-_FAST: swaps.Swaps = {effdet.loss.DetectionLoss: FastDetectionLoss}
-_AROUND: swaps.Swaps = {effdet.bench.DetBenchTrain: CheckedDetBenchTrain}
+_FAST: patching.Swaps = {effdet.loss.DetectionLoss: FastDetectionLoss}
+_AROUND: patching.Swaps = {effdet.bench.DetBenchTrain: CheckedDetBenchTrain}
 
 
 def accelerate(model: Model) -> Model:
@@ -95,9 +95,9 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: no DetectionLoss of effdet is in it, or one is that was subclassed.
     """
-    return swaps.accelerate(model, _FAST, "model", "effdet's DetectionLoss", around=_AROUND)
+    return patching.accelerate(model, _FAST, "model", "effdet's DetectionLoss", around=_AROUND)
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`."""
-    return swaps.restore(model, {**_FAST, **_AROUND})
+    return patching.restore(model, {**_FAST, **_AROUND})

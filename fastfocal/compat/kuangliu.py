@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.functional import Normalizer
+from fastfocal.options import Normalizer
 
 
 class FocalLoss(nn.Module):

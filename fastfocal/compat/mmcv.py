@@ -18,9 +18,9 @@ from torch import Tensor
 
 import fastfocal
 from fastfocal.compat.conventions import check_rows
-from fastfocal.functional import entropy_dtype
 from fastfocal.labels import NOTHING_IGNORED
 from fastfocal.ops import accumulation_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 REDUCTIONS = ("none", "mean", "sum")
 

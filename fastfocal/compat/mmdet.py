@@ -51,11 +51,11 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes
-from fastfocal.functional import entropy_dtype
 from fastfocal.labels import NOTHING_IGNORED
 from fastfocal.ops import accumulation_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 # The label of an anchor of weight 0: none that an assigner gives, so that -1 among these is an error.
 NOT_COUNTED = NOTHING_IGNORED
@@ -493,7 +493,7 @@ class FastCenterNetHead(CenterNetHead):  # type: ignore[misc]
         return losses
 
 
-_FAST: swaps.Swaps = {
+_FAST: patching.Swaps = {
     RetinaHead: FastRetinaHead,
     ATSSHead: FastATSSHead,
     FCOSHead: FastFCOSHead,
@@ -529,9 +529,9 @@ def accelerate(model: Model) -> Model:
             another one.
     """
     heads = "mmdet's RetinaHead, ATSSHead, FCOSHead, GFLHead, RTMDetHead, VFNetHead or CenterNetHead"
-    return swaps.accelerate(model, _FAST, "model", heads, check_loss)
+    return patching.accelerate(model, _FAST, "model", heads, check_loss)
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`."""
-    return swaps.restore(model, _FAST)
+    return patching.restore(model, _FAST)

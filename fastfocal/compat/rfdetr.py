@@ -29,7 +29,7 @@ from rfdetr.utilities import box_ops
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes
 from fastfocal.compat.matching import Layer, fit_one_call, labels_and_scores
 
@@ -221,7 +221,7 @@ class FastSetCriterion(host.SetCriterion):  # type: ignore[misc]
         return super()._resolve_batched_detection_losses(device)  # type: ignore[no-any-return]
 
 
-_FAST: swaps.Swaps = {host.SetCriterion: FastSetCriterion}
+_FAST: patching.Swaps = {host.SetCriterion: FastSetCriterion}
 
 
 def _check(criterion: Any) -> None:
@@ -241,9 +241,9 @@ def accelerate(module: Module) -> Module:
     Raises:
         ValueError: there is none in it, one that was subclassed, or one with the position-supervised loss.
     """
-    return swaps.accelerate(module, _FAST, "module", "rfdetr's SetCriterion", _check)
+    return patching.accelerate(module, _FAST, "module", "rfdetr's SetCriterion", _check)
 
 
 def restore(module: Module) -> Module:
     """Undoes `accelerate`."""
-    return swaps.restore(module, _FAST)
+    return patching.restore(module, _FAST)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes, labels_of_matches
-from fastfocal.functional import entropy_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 Model = TypeVar("Model", bound=nn.Module)
 HeadOutputs = dict[str, Any]
@@ -90,7 +90,7 @@ class FastFCOSHead(fcos.FCOSHead):  # type: ignore[misc]
         return {**losses, "classification": loss.to(entropy_dtype(logits[0], logits[0]))}
 
 
-_ACCELERATED: swaps.Swaps = {
+_ACCELERATED: patching.Swaps = {
     retinanet.RetinaNetClassificationHead: FastRetinaNetClassificationHead,
     fcos.FCOSClassificationHead: FastFCOSClassificationHead,
     fcos.FCOSHead: FastFCOSHead,
@@ -112,7 +112,7 @@ def accelerate(model: Model) -> Model:
     Raises:
         ValueError: no head of torchvision's RetinaNet or FCOS is in it, or one is that was subclassed.
     """
-    return swaps.accelerate(model, _ACCELERATED, "model", "torchvision's RetinaNetClassificationHead or FCOSHead")
+    return patching.accelerate(model, _ACCELERATED, "model", "torchvision's RetinaNetClassificationHead or FCOSHead")
 
 
 def restore(model: Model) -> Model:
@@ -124,7 +124,7 @@ def restore(model: Model) -> Model:
     Returns:
         The same model.
     """
-    return swaps.restore(model, _ACCELERATED)
+    return patching.restore(model, _ACCELERATED)
 
 
 @contextmanager

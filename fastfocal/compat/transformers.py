@@ -41,7 +41,7 @@ from torch import Tensor
 import fastfocal
 from fastfocal.compat.conventions import check_classes, over, require
 from fastfocal.compat.matching import Layer, fit_one_call, intersection_over_union, labels_and_scores
-from fastfocal.functional import entropy_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 Outputs = dict[str, Any]
 Targets = list[dict[str, Tensor]]

@@ -30,9 +30,9 @@ from ultralytics.models.utils import loss as host_criterion
 from ultralytics.utils import loss as host
 
 import fastfocal
-from fastfocal.compat import swaps
+from fastfocal.compat import patching
 from fastfocal.compat.conventions import check_classes, require
-from fastfocal.functional import entropy_dtype
+from fastfocal.sigmoid import entropy_dtype
 
 Criterion = TypeVar("Criterion")
 
@@ -285,8 +285,8 @@ def _restore_yolo(criterion: Any) -> None:
 
 # --- the swap ---------------------------------------------------------------------------------------------------------
 
-_FAST: swaps.Swaps = {host.FocalLoss: FastFocalLoss, host.VarifocalLoss: FastVarifocalLoss}
-_AROUND: swaps.Swaps = {
+_FAST: patching.Swaps = {host.FocalLoss: FastFocalLoss, host.VarifocalLoss: FastVarifocalLoss}
+_AROUND: patching.Swaps = {
     host_criterion.DETRLoss: FastDETRLoss,
     host_criterion.RTDETRDetectionLoss: FastRTDETRDetectionLoss,
 }
@@ -328,7 +328,7 @@ def accelerate(criterion: Criterion) -> Criterion:
                 _swap_yolo(yolo)
         elif isinstance(root, nn.Module):
             what = "ultralytics' FocalLoss, VarifocalLoss or v8DetectionLoss"
-            swaps.accelerate(root, _FAST, "criterion", what, around=_AROUND)
+            patching.accelerate(root, _FAST, "criterion", what, around=_AROUND)
         else:
             raise ValueError(
                 f"criterion: expected one with ultralytics' v8DetectionLoss, found none in a {type(root).__name__}"
@@ -342,5 +342,5 @@ def restore(criterion: Criterion) -> Criterion:
         for yolo in _yolo_criteria(root):
             _restore_yolo(yolo)
         if isinstance(root, nn.Module):
-            swaps.restore(root, {**_FAST, **_AROUND})
+            patching.restore(root, {**_FAST, **_AROUND})
     return criterion

@@ -33,10 +33,10 @@ def capability() -> str:
 def build() -> Path:
     """Builds the operators, unless the same sources were built before."""
     flags = {
-        "focal_loss_avx512.cpp": AVX512_FLAGS if capability() == "AVX512" else EMULATED_FLAGS,
-        "focal_loss_avx2.cpp": AVX2_FLAGS,
+        "isa_avx512.cpp": AVX512_FLAGS if capability() == "AVX512" else EMULATED_FLAGS,
+        "isa_avx2.cpp": AVX2_FLAGS,
     }
-    skipped = {"library.cpp"} if X86 else {"library.cpp", "focal_loss_avx2.cpp"}  # register.cpp takes its place
+    skipped = {"library.cpp"} if X86 else {"library.cpp", "isa_avx2.cpp"}  # register.cpp takes its place
     kernels = [path for path in sorted((CSRC / "cpu").glob("*.cpp")) if path.name not in skipped]
     sources = [Source(path, flags.get(path.name, ())) for path in (*kernels, HERE / "register.cpp")]
     return host_build.build_operators("fastfocal_isas", sources, about=25)
@@ -45,7 +45,7 @@ def build() -> Path:
 def check_stand_in() -> None:
     """Parses the AVX-512 kernels with include/immintrin.h; raises CompileError for an intrinsic that it lacks."""
     command = [*host_build.compiler(), *host_build.FLAGS, *EMULATED_FLAGS, f"-I{CSRC}", "-fsyntax-only"]
-    host_build.run([*command, str(CSRC / "cpu" / "focal_loss_avx512.cpp")])
+    host_build.run([*command, str(CSRC / "cpu" / "isa_avx512.cpp")])
 
 
 def load() -> None:

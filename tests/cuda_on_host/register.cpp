@@ -1,7 +1,7 @@
 // Registers the kernels' operators for CPU tensors as torch.ops.fastfocal_on_host, and takes the place of
 // csrc/cuda/context.cpp, which asks torch for the device and the stream of a CUDA tensor.
 #include "cuda/device.h"
-#include "operators.h"
+#include "schema.h"
 
 namespace fastfocal::cuda {
 

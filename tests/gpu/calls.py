@@ -78,7 +78,7 @@ def small(dtype: torch.dtype, device: str) -> int:
 
 def other(device: str) -> int:
     """Sizes out of the ordinary, and the other formula."""
-    for k in (1, 80, 40000):  # one plane; a plane for each class; codes of 32 bits
+    for k in (1, 80, 40000):  # one plane; a plane for each class; packed labels of 32 bits
         levels, labels = pyramid(1, ((2, 3),), 1, k, device)
         call(levels, labels, k)
     many, labels = pyramid(2, ((3, 5),) * 20, 1, K, device)  # two launches, and levels without a gradient

@@ -1,6 +1,6 @@
-// The AVX-512 intrinsics that csrc/cpu/vec.h uses, lane by lane, for processors that lack them. Written from Intel's
+// The AVX-512 intrinsics that csrc/cpu/vec/avx512.h uses, lane by lane, for processors that lack them. Written from Intel's
 // intrinsics guide and instruction set reference; whatever is not here is a compile error, and so is an immediate operand
-// other than those that vec.h passes.
+// other than those that it passes.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,0 @@
-// -mavx2 -mfma -mf16c, given by setup.py on x86-64 alone.
-#define FASTFOCAL_ISA avx2
-#include "focal_tile.h"
-#include "label_chunk.h"

@@ -1,4 +1,0 @@
-// -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c, given by setup.py on x86-64 alone.
-#define FASTFOCAL_ISA avx512
-#include "focal_tile.h"
-#include "label_chunk.h"

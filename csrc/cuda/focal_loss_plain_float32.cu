@@ -1,3 +1,0 @@
-#include "focal_loss_plain.cuh"
-
-void fastfocal::cuda::run_plain_float32(const Call& call, const Context& context) { run_plain<float>(call, context); }

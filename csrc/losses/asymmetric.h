@@ -1,0 +1,136 @@
+// Asymmetric loss of multi-label classification, Ridnik et al. 2021, arXiv:2009.14119: each of the two classes has a focusing
+// exponent of its own, and a negative that is less likely than `clip` costs nothing.
+//
+//   positive: (1 - p)^gamma_pos softplus(-x)                              the focal loss's (focal.h)
+//   negative: m^gamma_neg L,   m = max(p - clip, 0),   L = -log(1 - m)
+//     d/dx  = m^gamma_neg (gamma_neg L / m + 1 / v) p (1 - p) where m > 0, 0 elsewhere;   v = 1 - m
+//           = m^(gamma_neg - 1) (gamma_neg L v + m) p (1 - p) / v
+//
+// v = (1 - p) + clip has no difference in it. m, a difference, is exact to a rounding of p, and so is L: what rounding v has
+// lost, (1 - v) - m, is exact for v >= 1/2 and is added, log(1 - m) = log(v) + ((1 - v) - m) / v. Without a clip m is p, and L
+// softplus(x).
+//
+// With detach_modulating_factor the powers are constants for the gradient: the terms with gamma in front are left out of it.
+// A soft target y mixes the two losses, y positive + (1 - y) negative.
+#pragma once
+
+#include "focal.h"
+
+namespace fastfocal {
+
+// kTwo is for the usual exponents, gamma_pos = 1 and gamma_neg = 4; kClip for a clip that is not 0.
+template <class S, bool kClip, Gamma kGamma, Accuracy kAccuracy = Accuracy::kFloat>
+struct Asymmetric {
+  Focal<S, Gamma::kAny, false, kAccuracy> of_positive, of_negative;  // with kAny, the latter without a clip
+  Multiple<S> multiple;                                              // of log(m), with both
+  S gamma_pos, gamma_neg;  // of the gradient: 0 where the powers count as constants
+  S clip, clip_rest;
+
+  static constexpr LossParameter kParameters[] = {{"gamma_pos", ParameterRange::kNonnegative},
+                                                  {"gamma_neg", ParameterRange::kNonnegative},
+                                                  {"clip", ParameterRange::kUnit},
+                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
+  static constexpr bool kScores = false;
+
+  Asymmetric() = default;
+  FASTFOCAL_HD explicit Asymmetric(const LossParams& params)
+      : of_positive(params.value[0], 0, params.value[3] != 0),
+        of_negative(params.value[1], 0, params.value[3] != 0),
+        multiple(params.value[1]),
+        gamma_pos(params.value[3] != 0 ? S(0) : S(clamp_max(params.value[0], 1e30))),
+        gamma_neg(params.value[3] != 0 ? S(0) : S(clamp_max(params.value[1], 1e30))),
+        clip(S(clamp_min(params.value[2], FLT_MIN))),  // with a reciprocal
+        clip_rest(S(clamp_min(params.value[2], FLT_MIN) - double(clip))) {}
+
+  template <class V>
+  FASTFOCAL_HD Term<V> negative(V x) const {
+    const V e = exponential(x);
+    return negative(x, e, logarithm(e));
+  }
+  // Without a clip the logarithm is wanted by positives too; with it, by them alone.
+  static constexpr bool kLogarithm = !kClip;
+  template <class V>
+  FASTFOCAL_HD V exponential(V x) const {
+    return exp_nonpositive(minus_absolute(x));
+  }
+  template <class V>
+  FASTFOCAL_HD V logarithm(V e) const {
+    return log1p_unit(e);
+  }
+  template <class V>
+  FASTFOCAL_HD Term<V> negative(V x, V e, V log) const {
+    if constexpr (!kClip && kGamma == Gamma::kAny) return of_negative.negative(x, e, log);
+    const V zero = V(S(0)), one = V(S(1));
+    const V r = reciprocal(one + e), er = e * r;
+    const auto left = is_negative(x);
+    const V p = select(left, er, r), q = select(left, r, er);
+    V m, v, minus_log, ratio;  // ratio: p (1 - p) / v
+    if constexpr (kClip) {
+      m = clamp_min((p - V(clip)) - V(clip_rest), zero);
+      v = clamp_max(q + V(clip), one);
+      const V inverse = reciprocal(v);
+      const V lost = select(v < V(S(0.5)), zero, (one - v) - m);
+      V low;
+      const V high = log_positive(v, &low);
+      minus_log = zero - fused_multiply_add(lost, inverse, high + low);
+      ratio = (er * r) * inverse;
+    } else {
+      m = p;
+      v = q;
+      minus_log = log + clamp_min(x, zero);
+      ratio = p;
+    }
+    const V few = clamp_max(minus_log, V(S(kLarge)));
+    if constexpr (kGamma == Gamma::kTwo) {
+      const V square = m * m, cube = square * m;
+      return {(square * square) * minus_log, cube * (fused_multiply_add(V(gamma_neg) * few, v, m) * ratio)};
+    } else {
+      const V m_normal = clamp_min(m, smallest_normal<V>());
+      V low;
+      const V high = log_positive(m_normal, &low);
+      const V power = exp_of_multiple(multiple, high, zero - low);
+      const V bend = V(gamma_neg) * ((few * v) * reciprocal(m_normal));
+      return {power * minus_log, power * select(m < smallest_normal<V>(), zero, (bend + one) * ratio)};
+    }
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> positive(V x, V) const {
+    const V e = exponential(x);
+    return positive_in_steps(x, e, log1p_unit(e));
+  }
+
+  template <class V>
+  FASTFOCAL_HD static V soft_weight(V y, V positive, V negative) {
+    return fastfocal::soft_weight(y, positive, negative);
+  }
+  static constexpr bool kSoftInSteps = true;
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y) const {
+    return soft(x, y, exponential(x));
+  }
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
+    const V log = log1p_unit(e), rest = V(S(1)) - y;
+    const Term<V> yes = positive_in_steps(x, e, log), no = negative(x, e, log);
+    return {weigh(yes.loss, y) + weigh(no.loss, rest), fused_multiply_add(yes.grad, y, no.grad * rest)};
+  }
+
+ private:
+  template <class V>
+  FASTFOCAL_HD Term<V> positive_in_steps(V x, V e, V log) const {
+    const V zero = V(S(0));
+    if constexpr (kGamma == Gamma::kTwo) {
+      const V z = zero - x, r = reciprocal(V(S(1)) + e), er = e * r;
+      const auto right = is_negative(z);
+      const V q = select(right, er, r), p = select(right, r, er), ce = log + clamp_min(z, zero);
+      const V grad = q * fused_multiply_add(V(gamma_pos) * p, clamp_max(ce, V(S(kLarge))), q);
+      return {q * ce, zero - grad};
+    } else {
+      const Term<V> t = of_positive.negative(zero - x, e, log);
+      return {t.loss, zero - t.grad};
+    }
+  }
+};
+
+}  // namespace fastfocal

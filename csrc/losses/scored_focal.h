@@ -1,0 +1,62 @@
+// All losses with the focal loss's negative and a positive that reads a score, as one: which of them is decided at run time.
+//
+// Their kernels differ in nothing but the rare positives, so they share one for each kind of exponent: five losses compile in the
+// time of one. The struct of the positive is made where it is used; that is a dozen operations on a few numbers.
+#pragma once
+
+#include "iou_aware_bce.h"
+#include "matchability_aware.h"
+#include "quality_focal.h"
+#include "varifocal.h"
+
+namespace fastfocal {
+
+template <class S, Gamma kGamma, Accuracy kAccuracy = Accuracy::kFloat>
+struct ScoredFocal : Focal<S, kGamma, false, kAccuracy> {
+  using Negative = Focal<S, kGamma, false, kAccuracy>;
+  LossParams params;
+
+  static constexpr bool kScores = true;
+
+  ScoredFocal() = default;
+  FASTFOCAL_HD explicit ScoredFocal(const LossParams& params_)
+      : Negative(exponent_of(params_), 0, detaches(params_)), params(params_) {}
+
+  // Where the power of the negative is among the numbers of the loss.
+  FASTFOCAL_HD static double exponent_of(const LossParams& params) {
+    return params.value[params.kind == LossKind::kIouAwareBce ? 1 : 0];
+  }
+  FASTFOCAL_HD static bool detaches(const LossParams& params) {
+    return params.kind == LossKind::kMatchabilityAware || (params.kind == LossKind::kVarifocal && params.value[2] != 0);
+  }
+
+  template <class V>
+  FASTFOCAL_HD Term<V> positive(V x, V score) const {
+    switch (params.kind) {
+      case LossKind::kVarifocal:
+        return Varifocal<S, kGamma, kAccuracy>(params).positive(x, score);
+      case LossKind::kQualityFocal:
+        return QualityFocal<S, kGamma, kAccuracy>(params).positive(x, score);
+      case LossKind::kMatchabilityAware:
+        return MatchabilityAware<S, kGamma, kAccuracy>(params).positive(x, score);
+      default:
+        return IouAwareBce<S, kGamma, kAccuracy>(params).positive(x, score);
+    }
+  }
+
+  template <class V>
+  FASTFOCAL_HD static V soft_weight(V y, V positive, V negative) {
+    return scored_weight(y, positive, negative);
+  }
+  static constexpr bool kSoftInSteps = true;
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y) const {
+    return soft(x, y, this->exponential(x));
+  }
+  template <class V>
+  FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
+    return select_term(V(S(0)) < y, positive(x, y), this->negative(x, e, this->logarithm(e)));
+  }
+};
+
+}  // namespace fastfocal

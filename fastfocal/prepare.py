@@ -1,0 +1,525 @@
+"""What the operators take, made of what callers gave: one pass over the arguments of a call, each of which enters once.
+
+Every error is raised here or in checks.py, before anything is computed or written, and names the argument, the level, what came
+and what was expected.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+
+from fastfocal import checks, ops
+from fastfocal.checks import ClassValues, Levels, as_levels, shape
+from fastfocal.options import Inputs, Options
+from fastfocal.registration import NO_VMAP, is_mapped
+
+if TYPE_CHECKING:
+    from fastfocal.losses.loss import Loss, Weight
+
+# "mean" is a sum over a divisor of its own.
+REDUCTIONS = {"sum": ops.SUM, "mean": ops.SUM, "level": ops.LEVEL, "image": ops.IMAGE, "none": ops.NONE}
+
+
+@dataclass
+class Pyramid:
+    """The logits of every level: the tensors, those that the kernels read in their place, K, and M of every level."""
+
+    levels: list[Tensor]
+    dense: list[Tensor]
+    num_classes: int
+    anchors: list[int]
+
+    @property
+    def images(self) -> int:
+        return ops.images(self.levels[0])
+
+    @property
+    def accumulation_dtype(self) -> torch.dtype:
+        return ops.accumulation_dtype(self.levels[0].dtype)
+
+
+@dataclass
+class Divisor:
+    """What the sum is divided by: a number, and a tensor on the logits' device, of what `pack_labels` counts and of others."""
+
+    count: int = ops.COUNT_NOTHING
+    minimum: float = 1.0
+    number: float = 1.0
+    factor: Tensor | None = None  # of what is counted, or the divisor itself
+    present: Tensor | None = None  # (N,), the classes that each image has: a factor of its anchors
+
+    def of(self, counted: Tensor) -> Tensor | None:
+        if self.present is not None:
+            return (counted * self.present).sum().clamp(min=1)
+        if self.count == ops.COUNT_NOTHING:
+            return self.factor
+        return counted if self.factor is None else counted * self.factor
+
+
+@dataclass
+class Prepared:
+    """All that a call's operators take."""
+
+    pyramid: Pyramid
+    transformed: bool
+    mode: str
+    given: list[Tensor]  # targets, as they came
+    together: bool  # they came as one tensor
+    labels: list[Tensor] | None
+    background: int
+    ignored: int
+    soft_targets: list[Tensor] | None
+    scores: Tensor | None
+    anchor_weight: Tensor | None
+    positive_weight: float
+    negative_weight: float
+    class_weights: Tensor | None
+    class_mask: Tensor | None
+    divisor: Divisor
+    level_scales: list[float]
+
+
+def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
+    """Raises: ValueError, TypeError, RuntimeError."""
+    transformed = is_transformed()
+    given = as_levels("targets", inputs.targets)
+    soft = any([t.is_floating_point() for t in given])
+    pyramid = read_logits(inputs.logits, options.num_classes, soft, transformed)
+    if transformed and not is_compiling() and any(map(is_mapped, (*pyramid.levels, *given))):
+        raise RuntimeError(NO_VMAP)
+    check_targets_of_loss(loss, soft)
+    classes, like = pyramid.num_classes, pyramid.levels[0]
+    options = options.of(classes)
+    assert options.background_index is not None
+    positive, negative, class_weights = weigh(loss, inputs.class_weight, classes, like, transformed)
+    class_mask = None if inputs.class_mask is None else read_class_mask(inputs.class_mask, pyramid)
+    divisor = resolve_normalizer(loss, inputs, options.reduction, pyramid, soft, class_mask)
+    scales = level_scales(options, len(pyramid.levels), divisor.number)
+    mode = resolve_mode(options.grad_mode, options.reduction, pyramid.levels)
+    anchor_weight = None if inputs.weight is None else read_per_anchor("weight", "weights", inputs.weight, pyramid)
+    scores = None if inputs.scores is None else read_scores(loss, inputs.scores, pyramid, soft)
+    together = isinstance(inputs.targets, Tensor)
+    return Prepared(
+        pyramid=pyramid,
+        transformed=transformed,
+        mode=mode,
+        given=given,
+        together=together,
+        labels=None if soft else read_labels(given, together, pyramid),
+        background=options.background_index,
+        ignored=options.ignore_index,
+        soft_targets=read_soft_targets(given, pyramid.dense) if soft else None,
+        scores=scores,
+        anchor_weight=anchor_weight,
+        positive_weight=positive,
+        negative_weight=negative,
+        class_weights=class_weights,
+        class_mask=class_mask,
+        divisor=divisor,
+        level_scales=scales,
+    )
+
+
+def is_transformed() -> bool:
+    """Whether more than plain reverse mode may be at work: a compiler, torch.func or forward mode.
+
+    Raises:
+        RuntimeError: under torch.jit.trace.
+    """
+    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    # TorchScript keeps lists of tensors, which PyTorch's stable ABI empties.
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError("fastfocal: torch.jit.trace is not supported; use torch.export or torch.compile")
+    return False
+
+
+# --- logits -----------------------------------------------------------------------------------------------------------
+
+
+def read_logits(logits: Levels, num_classes: int | None, soft: bool, transformed: bool) -> Pyramid:
+    levels = as_levels("logits", logits)
+    if not levels:
+        raise ValueError("logits: expected at least one level, got an empty sequence")
+    first = levels[0]
+    shapes = [t.shape for t in levels]  # once: each time it is asked for, torch makes it anew
+    dtype, device, dim = first.dtype, first.device, len(shapes[0])
+    checks.floating("logits[0]", first)
+    if dim not in (2, 3, 4):
+        raise ValueError(f"logits[0]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(first)}")
+    if dim > 2 and shapes[0][0] >= 2**31:
+        raise ValueError(f"logits[0]: expected less than 2^31 images, got shape {shape(first)}")
+    for i in range(1, len(levels)):
+        t, size = levels[i], shapes[i]
+        if t.dtype != dtype:
+            raise TypeError(f"logits[{i}]: expected the dtype of level 0, {dtype}, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"logits[{i}]: expected the device of level 0, {device}, got {t.device}")
+        if len(size) != dim:
+            raise ValueError(f"logits[{i}]: expected {dim} dimensions as level 0 has, got shape {shape(t)}")
+        if dim > 2 and size[0] != shapes[0][0]:
+            raise ValueError(f"logits[{i}]: expected batch size {shapes[0][0]} as level 0 has, got shape {shape(t)}")
+    if num_classes is None:
+        if dim == 4 and not soft:
+            raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
+        num_classes = shapes[0][1] if dim == 4 else shapes[0][-1]
+        if num_classes < 1:
+            raise ValueError(f"logits[0]: expected at least one class, got shape {shape(first)}")
+    anchors = []
+    for i, size in enumerate(shapes):
+        if dim == 4:
+            _, channels, h, w = size
+            if channels % num_classes:
+                raise ValueError(
+                    f"logits[{i}]: expected channels that are a multiple of num_classes ({num_classes}), got {channels} "
+                    f"(shape {tuple(size)})"
+                )
+            anchors.append(channels // num_classes * h * w)
+        elif size[-1] != num_classes:
+            raise ValueError(
+                f"logits[{i}]: expected {num_classes} classes in the last dimension, got shape {tuple(size)}"
+            )
+        else:
+            anchors.append(size[-2])
+    return Pyramid(levels, as_dense(levels, transformed), num_classes, anchors)
+
+
+def as_dense(levels: list[Tensor], differentiably: bool) -> list[Tensor]:
+    """The levels as the kernels read them: the same list, or one with copies of those in neither of the two natural orders.
+
+    differentiably: autograd sees the copying.
+    """
+    if all(map(checks.is_dense, levels)):
+        return levels
+    return [t if checks.is_dense(t) else (t if differentiably else t.detach()).contiguous() for t in levels]
+
+
+def resolve_mode(grad_mode: str, reduction: str, levels: list[Tensor]) -> str:
+    """What "auto" means, and whether "inplace" may be."""
+    if grad_mode == "auto":
+        return "recompute" if levels[0].dtype == torch.float16 or reduction == "none" else "save"
+    if grad_mode == "inplace" and torch.is_grad_enabled():
+        for i, t in enumerate(levels):
+            if t.requires_grad and checks.dispatches_itself(t):
+                raise TypeError(
+                    f'grad_mode: "inplace" expects ordinary tensors, got logits[{i}] of type {type(t).__name__}'
+                )
+            base = t if is_compiling() else t._base  # not None: t is a view of it
+            if t.requires_grad and (t.is_leaf or (base is not None and base.is_leaf and base.requires_grad)):
+                raise ValueError(
+                    f'grad_mode: "inplace" overwrites the logits, but logits[{i}] is a leaf that requires grad, or a view of '
+                    "one; expected the output of an operation, such as a convolution"
+                )
+            if t.requires_grad and not checks.is_dense(t):
+                raise ValueError(
+                    f'grad_mode: "inplace" needs contiguous or channels_last memory, got logits[{i}] with strides {t.stride()}'
+                )
+    return grad_mode
+
+
+# --- targets ----------------------------------------------------------------------------------------------------------
+
+
+def check_targets_of_loss(loss: Loss, soft: bool) -> None:
+    if loss.targets not in ("either", "soft" if soft else "labels"):
+        wanted = "integer labels" if loss.targets == "labels" else "floating soft targets"
+        raise TypeError(f"targets: {loss.name} expects {wanted}, got {'floating' if soft else 'integer'} ones")
+
+
+def read_labels(given: list[Tensor], together: bool, pyramid: Pyramid) -> list[Tensor]:
+    labels = read_anchors("targets", given, together, pyramid)
+    first = labels[0].dtype
+    if first not in checks.INTEGER:
+        raise TypeError(f"targets[0]: expected integer labels or floating soft targets, got {first}")
+    for i in range(1, len(labels)):
+        if labels[i].dtype != first:
+            raise TypeError(f"targets[{i}]: expected the dtype of level 0, {first}, got {labels[i].dtype}")
+    return labels
+
+
+def read_soft_targets(given: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
+    """Soft targets in the logits' memory order, of the logits' dtype or the accumulation dtype."""
+    if len(given) != len(levels):
+        raise ValueError(f"targets: expected {len(levels)} levels of soft targets, got {len(given)}")
+    for i, (t, logits) in enumerate(zip(given, levels, strict=True)):
+        if not t.is_floating_point():
+            raise TypeError(f"targets[{i}]: expected floating soft targets as level 0 has, got {t.dtype}")
+        if t.shape != logits.shape:
+            raise ValueError(
+                f"targets[{i}]: expected soft targets of the logits' shape {shape(logits)}, got {shape(t)}"
+            )
+        if t.device != logits.device:
+            raise ValueError(f"targets[{i}]: expected the logits' device, {logits.device}, got {t.device}")
+        checks.no_gradient(f"targets[{i}]", t)
+    dtype = levels[0].dtype
+    if not all(t.dtype == dtype for t in given):
+        dtype = ops.accumulation_dtype(dtype)
+    # empty_like keeps the logits' strides.
+    return [
+        t if t.dtype == dtype and t.stride() == logits.stride() else torch.empty_like(logits, dtype=dtype).copy_(t)
+        for t, logits in zip(given, levels, strict=True)
+    ]
+
+
+# --- one value for each anchor ----------------------------------------------------------------------------------------
+
+
+def read_anchors(name: str, given: list[Tensor], together: bool, pyramid: Pyramid) -> list[Tensor]:
+    """Labels, weights or scores as (N, M) a level, or as one (N, sum M); views wherever strides allow.
+
+    together: one tensor came instead of a sequence of them.
+    """
+    levels, anchors = pyramid.dense, pyramid.anchors
+    size = levels[0].shape
+    dim, device = len(size), levels[0].device
+    n = 1 if dim == 2 else size[0]
+    for i, t in enumerate(given):
+        if t.device != device:
+            raise ValueError(f"{name}[{i}]: expected the logits' device, {device}, got {t.device}")
+        checks.no_gradient(f"{name}[{i}]", t)
+    if together and len(levels) > 1:
+        value, total = given[0], sum(anchors)
+        expected = (total,) if dim == 2 else (n, total)
+        if value.shape != expected:
+            raise ValueError(
+                f"{name}: expected one tensor of shape {expected} for all {len(levels)} levels (their anchors: {anchors}), or "
+                f"a list of {len(levels)}; got shape {shape(value)}"
+            )
+        return [value[None]] if dim == 2 else given
+    if len(given) != len(levels):
+        raise ValueError(f"{name}: expected {len(levels)} levels, or one tensor for all, got {len(given)}")
+    rows = []
+    for i, (t, m) in enumerate(zip(given, anchors, strict=True)):
+        size = t.shape
+        if dim == 2 or size != (n, m):
+            allowed: list[tuple[int, ...]] = [(m,)] if dim == 2 else [(n, m)]
+            if dim == 4:
+                _, channels, h, w = levels[i].shape
+                a = channels // pyramid.num_classes
+                allowed.append((n, h, w, a))
+                if a == 1:
+                    allowed.append((n, h, w))
+            if tuple(size) not in allowed:
+                raise ValueError(
+                    f"{name}[{i}]: expected shape {' or '.join(map(str, allowed))} for logits of shape {shape(levels[i])} and "
+                    f"{pyramid.num_classes} classes, got {tuple(size)}"
+                )
+            t = t.reshape(n, m)
+        rows.append(t)
+    return rows
+
+
+def read_per_anchor(name: str, plural: str, value: Levels, pyramid: Pyramid) -> Tensor:
+    """Floating values as one flat tensor of the accumulation dtype, in the order of the packed labels."""
+    rows = read_anchors(name, as_levels(name, value), isinstance(value, Tensor), pyramid)
+    for i, t in enumerate(rows):
+        if not t.is_floating_point():
+            raise TypeError(f"{name}[{i}]: expected floating {plural}, got {t.dtype}")
+    if len(rows) < len(pyramid.dense):
+        rows = list(rows[0].split(pyramid.anchors, dim=1))
+    flat = []
+    for t, logits in zip(rows, pyramid.dense, strict=True):
+        if not checks.is_class_last(logits):  # (N, cell, a) -> (N, a, cell)
+            a = logits.shape[1] // pyramid.num_classes
+            t = t.unflatten(1, (logits.shape[2] * logits.shape[3], a)).transpose(1, 2)
+        flat.append(t.reshape(-1))
+    return torch.cat(flat).to(pyramid.accumulation_dtype)
+
+
+def read_scores(loss: Loss, scores: Levels, pyramid: Pyramid, soft: bool) -> Tensor:
+    check_scores(loss, soft)
+    return read_per_anchor("scores", "scores", scores, pyramid)
+
+
+def check_scores(loss: Loss, soft: bool) -> None:
+    if not loss.takes_scores:
+        raise ValueError(f"scores: {loss.name} takes none, its positives have the target 1; expected None")
+    if soft:
+        raise ValueError("scores: soft targets are scores themselves; expected labels beside scores, or None")
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def read_class_mask(mask: Tensor, pyramid: Pyramid) -> Tensor:
+    """(N, K), read in place."""
+    mask = check_class_mask(mask, pyramid.levels[0], pyramid.num_classes)
+    return mask[None] if mask.dim() == 1 else mask
+
+
+def check_class_mask(mask: Tensor, logits: Tensor, num_classes: int) -> Tensor:
+    mask = checks.as_plain("class_mask", mask)
+    expected = (num_classes,) if logits.dim() == 2 else (logits.shape[0], num_classes)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"class_mask: expected torch.bool, got {mask.dtype}")
+    if mask.shape != expected:
+        raise ValueError(
+            f"class_mask: expected shape {expected}, one entry for each class of each image, got {shape(mask)}"
+        )
+    if mask.device != logits.device:
+        raise ValueError(f"class_mask: expected the logits' device, {logits.device}, got {mask.device}")
+    return mask
+
+
+def weigh(
+    loss: Loss, class_weight: object, num_classes: int, like: Tensor, transformed: bool
+) -> tuple[float, float, Tensor | None]:
+    """The weights of positives and of negatives as numbers, or for each class, (2, K) on the logits' device."""
+    positive, negative = loss.weights(num_classes, like.device)
+    factors = checks.class_weight("class_weight", class_weight, num_classes)
+    if factors is None and isinstance(positive, float) and isinstance(negative, float):
+        return positive, negative, None
+    rows = class_weights(positive, negative, factors, num_classes, like.device)
+    dtype = ops.accumulation_dtype(like.dtype)
+    if isinstance(rows, Tensor):
+        return 1.0, 1.0, rows.to(dtype)
+    # What is made under a mode or a transform may be no ordinary tensor (fake, traced, wrapped), and must not outlast it.
+    if transformed or torch._C._len_torch_dispatch_stack() > 0:
+        return 1.0, 1.0, make_class_weights(rows, dtype, like.device)
+    return 1.0, 1.0, remembered_class_weights(rows, dtype, like.device)
+
+
+Rows = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def class_weights(
+    positive: Weight, negative: Weight, factors: ClassValues | None, num_classes: int, device: torch.device
+) -> Rows | Tensor:
+    """Both rows in float64: as numbers, or where a tensor is among them as a tensor."""
+    of_positives: Weight = 1.0
+    of_negatives: Weight = 1.0
+    if factors is not None:
+        values = factors.on(device)
+        of_positives, of_negatives = values if len(factors.shape) == 2 else (values, values)  # type: ignore[assignment]
+    return both_rows(times(positive, of_positives, device), times(negative, of_negatives, device), num_classes, device)
+
+
+def times(weight: Weight, factor: Weight, device: torch.device) -> Weight:
+    if isinstance(factor, float) and factor == 1:
+        return weight
+    if isinstance(weight, Tensor) or isinstance(factor, Tensor):
+        return as_row(weight, device) * as_row(factor, device)
+    if isinstance(weight, float):
+        return tuple([weight * f for f in factor])  # type: ignore[union-attr]
+    return tuple([w * f for w, f in zip(weight, factor, strict=True)])  # type: ignore[arg-type]
+
+
+def as_row(weight: Weight, device: torch.device) -> Tensor | float:
+    return torch.tensor(weight, dtype=torch.float64, device=device) if isinstance(weight, tuple) else weight
+
+
+def both_rows(positive: Weight, negative: Weight, num_classes: int, device: torch.device) -> Rows | Tensor:
+    if not isinstance(positive, Tensor) and not isinstance(negative, Tensor):
+        return tuple([(w,) * num_classes if isinstance(w, float) else w for w in (positive, negative)])  # type: ignore[return-value]
+    rows = [as_row(w, device) for w in (positive, negative)]
+    return torch.stack(
+        [
+            row if isinstance(row, Tensor) else torch.full((num_classes,), row, dtype=torch.float64, device=device)
+            for row in rows
+        ]
+    )
+
+
+def make_class_weights(rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").to(dtype).to(device)
+
+
+@functools.cache  # for good: a captured graph may read it as long as the process lives
+def remembered_class_weights(rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Copied to the device once: a copy from the host waits for it, and a graph that is being captured refuses it."""
+    with torch.inference_mode(False), torch.no_grad():
+        return make_class_weights(rows, dtype, device)
+
+
+# --- divisor ----------------------------------------------------------------------------------------------------------
+
+
+def resolve_normalizer(
+    loss: Loss, inputs: Inputs, reduction: str, pyramid: Pyramid, soft: bool, class_mask: Tensor | None
+) -> Divisor:
+    normalizer, like = inputs.normalizer, pyramid.levels[0]
+    if reduction == "mean":
+        return logits_that_count(pyramid, soft, class_mask)
+    if isinstance(normalizer, Tensor):
+        normalizer = checks.as_plain("normalizer", normalizer)
+    check_normalizer(loss, normalizer, like, soft, inputs.scores is not None)
+    if isinstance(normalizer, str):
+        if normalizer == "positives":
+            return Divisor(ops.COUNT_POSITIVES)
+        if normalizer == "scores":
+            return Divisor(ops.COUNT_SCORES)
+        number, factor = size_as_divisor(max(1, pyramid.images), like)
+        return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor)
+    if isinstance(normalizer, Tensor):
+        if normalizer.device != like.device and not is_compiling():  # a number on the host: nothing is copied
+            return Divisor(number=normalizer.item())
+        divisor = normalizer.detach().to(like.device, torch.float64, non_blocking=True)
+        return Divisor(factor=divisor.contiguous())
+    return Divisor(number=1.0 if normalizer is None else float(normalizer))
+
+
+def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None) -> Divisor:
+    """Of "mean": those of anchors that are not ignored and of classes that are there."""
+    like = pyramid.levels[0]
+    if class_mask is None:
+        if not soft:
+            return Divisor(ops.COUNT_LOGITS)
+        number, factor = size_as_divisor(max(1, sum(t.numel() for t in pyramid.levels)), like)
+        return Divisor(number=number, factor=factor)
+    present = class_mask.sum(1, dtype=torch.float64)
+    if not soft:
+        return Divisor(ops.COUNT_ANCHORS_PER_IMAGE, minimum=0.0, present=present)
+    return Divisor(factor=(present * sum(pyramid.anchors)).sum().clamp(min=1))
+
+
+def check_normalizer(
+    loss: Loss, normalizer: str | float | Tensor | None, like: Tensor, soft: bool, scored: bool
+) -> None:
+    checks.normalizer("normalizer", normalizer, loss.takes_scores)
+    if isinstance(normalizer, str):
+        if soft:
+            raise ValueError(
+                f"normalizer: {normalizer!r} counts labels, but the targets are soft; expected a number, a tensor or None "
+                "(for one, normalizer=soft_targets.sum())"
+            )
+        if normalizer == "scores" and not scored:
+            raise ValueError("normalizer: 'scores' sums the scores of positives, expected scores beside it, got None")
+    elif isinstance(normalizer, Tensor):
+        n = ops.images(like)
+        if shape(normalizer) not in ((), (n,)):
+            raise ValueError(f"normalizer: expected a 0-d tensor or one of shape ({n},), got shape {shape(normalizer)}")
+        checks.no_gradient("normalizer", normalizer)
+        if normalizer.device != like.device and not (normalizer.dim() == 0 and normalizer.device.type == "cpu"):
+            raise ValueError(f"normalizer: expected the logits' device, {like.device}, got {normalizer.device}")
+        if normalizer.dtype == torch.bool or normalizer.is_complex() or normalizer.is_quantized:
+            raise TypeError(f"normalizer: expected a tensor of real numbers, got {normalizer.dtype}")
+
+
+def size_as_divisor(size: int, like: Tensor) -> tuple[float, Tensor | None]:
+    """A size as a number; under a compiler as a tensor, since a number in an operator's list would fix a symbolic size."""
+    if is_compiling():
+        return 1.0, torch.full((), size, dtype=torch.float64, device=like.device)
+    return float(size), None
+
+
+def level_scales(options: Options, levels: int, number: float) -> list[float]:
+    """What each level's loss is multiplied by: its weight, the loss' weight, and over the normalizer's number."""
+    weights = options.level_weights
+    if weights is None:
+        return [quotient(options.loss_weight, number)] * levels
+    if len(weights) != levels:
+        raise ValueError(f"level_weights: expected {levels} numbers, one per level, got {len(weights)}")
+    return [quotient(options.loss_weight * weight, number) for weight in weights]
+
+
+def quotient(value: float, divisor: float) -> float:
+    """As tensors are divided: by 0 too, which a tensor given as normalizer may hold."""
+    return value / divisor if divisor != 0 else value * math.copysign(math.inf, divisor)
