@@ -257,6 +257,12 @@ def _dtype(
     return dtype
 
 
+def weights_of_peaks(loss: GaussianFocalLoss, classes: int) -> list[list[float]] | None:
+    """Of positives and of negatives, as fastfocal takes them."""
+    weights = [float(loss.pos_weight), float(loss.neg_weight)]
+    return None if weights == [1, 1] else [[weight] * classes for weight in weights]
+
+
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 
@@ -483,6 +489,7 @@ class FastCenterNetHead(CenterNetHead):  # type: ignore[misc]
                 num_classes=self.num_classes,
                 alpha=stock.alpha,
                 gamma=stock.gamma,
+                class_weight=weights_of_peaks(stock, self.num_classes),
                 normalizer=_divisor("mean", avg_factor, 1),
                 loss_weight=stock.loss_weight,
             )
@@ -510,11 +517,10 @@ def check_loss(head: Any) -> None:
     fast = head if hasattr(head, "stock_losses") else _FAST[type(head)]
     name = "loss_cls" if hasattr(head, "loss_cls") else "loss_center_heatmap"
     loss = getattr(head, name)
-    weighted = (getattr(loss, "pos_weight", 1.0), getattr(loss, "neg_weight", 1.0)) != (1.0, 1.0)
-    if type(loss) not in fast.stock_losses or getattr(loss, "activated", False) or loss.reduction != "mean" or weighted:
+    if type(loss) not in fast.stock_losses or getattr(loss, "activated", False) or loss.reduction != "mean":
         raise ValueError(
-            f"{type(head).__name__}.{name}: expected mmdet's {fast.stock_losses[0].__name__} on logits, with reduction 'mean' "
-            f"and without weights of positives and negatives, got {loss!r}"
+            f"{type(head).__name__}.{name}: expected mmdet's {fast.stock_losses[0].__name__} on logits, with reduction 'mean', "
+            f"got {loss!r}"
         )
 
 
