@@ -123,6 +123,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
+def are_numbers(values: Sequence[object]) -> bool:
+    kinds = set(map(type, values))  # of many numbers each kind is looked at once
+    return kinds <= {int, float} or all(map(is_number, values))
+
+
 def number(name: str, value: object) -> float:
     """A Python or numpy number as a float."""
     if not is_number(value):
@@ -253,15 +258,24 @@ class ClassValues:
             return tuple(self.values.shape)
         return (len(self.values), *((len(self.values[0]),) if isinstance(self.values[0], tuple) else ()))
 
-    def on(self, device: torch.device) -> tuple[float, ...] | tuple[tuple[float, ...], ...] | Tensor:
+    def on(self, device: torch.device) -> Any:
         return self.values.to(device) if isinstance(self.values, Tensor) else self.values
+
+    def rows(self, device: torch.device) -> tuple[Any, Any]:
+        """Of positives and of negatives; the same one twice where there is one."""
+        values = self.on(device)
+        return (values[0], values[1]) if len(self.shape) == 2 else (values, values)
 
 
 def alpha(name: str, value: Any, num_classes: int | None = None) -> float | ClassValues | None:
     """One number, which is None for no weighting, or one for each class; `num_classes` None: those are looked at later."""
-    if value is None or isinstance(value, (int, float, np.number, np.bool_)):
-        if value is None:
-            return None
+    if value is None:
+        return None
+    if isinstance(value, ClassValues):
+        if num_classes is not None:
+            number_of_values(name, value, num_classes)
+        return value
+    if isinstance(value, (int, float, np.number, np.bool_)):
         if not is_number(value):
             raise TypeError(f"{name}: expected a number, numbers, a tensor or None, got {value!r}")
         if not value <= 1:
@@ -271,9 +285,6 @@ def alpha(name: str, value: Any, num_classes: int | None = None) -> float | Clas
         return float(value) if value >= 0 else None
     if num_classes is None:
         return value  # type: ignore[no-any-return]
-    if isinstance(value, ClassValues):
-        number_of_values(name, value, num_classes)
-        return value
     if isinstance(value, Tensor):
         value = tensor_of_class_values(name, value)
         if value.device.type == "cpu" and not is_compiling() and not bool(((value >= 0) & (value <= 1)).all()):
@@ -285,7 +296,7 @@ def alpha(name: str, value: Any, num_classes: int | None = None) -> float | Clas
         return ClassValues(value.to(torch.float64, copy=True).contiguous())
     if isinstance(value, np.ndarray):
         value = value.tolist()
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not all(map(is_number, value)):
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not are_numbers(value):
         raise TypeError(f"{name}: expected a number, {num_classes} numbers, a tensor or None, got {value!r}")
     if not all(0 <= a <= 1 for a in value):
         raise ValueError(f"{name}: expected numbers in [0, 1], got {list(value)}")
@@ -294,16 +305,14 @@ def alpha(name: str, value: Any, num_classes: int | None = None) -> float | Clas
     return found
 
 
-def class_weight(name: str, value: Any, num_classes: int) -> ClassValues | None:
+def class_weight(name: str, value: Any, num_classes: int) -> ClassValues:
     """K factors, or two rows of them: of positives and of negatives."""
-    if value is None:
-        return None
     wanted = f"{num_classes} numbers, or two rows of {num_classes} (of positives, of negatives)"
     if not isinstance(value, (ClassValues, Tensor)):
         if isinstance(value, np.ndarray):
             value = value.tolist()
         rows = value if is_sequence(value) and value and all(map(is_sequence, value)) else [value]
-        if not all(is_sequence(row) and all(map(is_number, row)) for row in rows):
+        if not all(is_sequence(row) and are_numbers(row) for row in rows):
             raise TypeError(f"{name}: expected {wanted}, a tensor of them or None, got {value!r}")
         numbers = tuple(tuple(number(name, w) for w in row) for row in rows)
         if not all(-math.inf < w < math.inf for row in numbers for w in row):

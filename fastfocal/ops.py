@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 try:
     from fastfocal import _C  # registers torch.ops.fastfocal
@@ -57,7 +58,9 @@ class OperatorOptions:
     reduction: int
 
     def arguments(self, needs_grad: list[int]) -> tuple[Any, ...]:
-        return (*[getattr(self, name) for name in OPTION_NAMES], needs_grad)
+        if is_compiling():  # torch 2.10 cannot trace the other
+            return (*[getattr(self, name) for name in OPTION_NAMES], needs_grad)
+        return (*self.__dict__.values(), needs_grad)
 
     @staticmethod
     def named(arguments: Sequence[Any]) -> tuple[OperatorOptions, list[int]]:
@@ -75,7 +78,7 @@ class OperatorOptions:
         return self.changed(soft_targets=list(tensors[:levels]) or None, **found)
 
     def without_tensors(self) -> OperatorOptions:
-        return self.with_tensors([None] * len(TENSOR_NAMES))
+        return self.changed(**NO_TENSORS)
 
     def changed(self, **values: Any) -> OperatorOptions:
         """As `dataclasses.replace`, which takes five microseconds."""
@@ -85,8 +88,9 @@ class OperatorOptions:
         return new
 
 
-OPTION_NAMES = tuple([entry.name for entry in fields(OperatorOptions)])
 TENSOR_NAMES = ("packed_labels", "scores", "anchor_weight", "class_weights", "class_mask", "divisor")
+NO_TENSORS: dict[str, None] = dict.fromkeys(("soft_targets", *TENSOR_NAMES))
+OPTION_NAMES = tuple([entry.name for entry in fields(OperatorOptions)])
 
 
 # --- the calls --------------------------------------------------------------------------------------------------------

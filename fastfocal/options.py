@@ -9,9 +9,10 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
+from typing_extensions import dataclass_transform
 
 from fastfocal import checks
 from fastfocal import labels as label_conventions
@@ -25,6 +26,7 @@ GradMode = Literal["auto", "save", "recompute", "inplace"]
 ClassWeight = Sequence[float] | Sequence[Sequence[float]] | Tensor | None
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 # --- what callers may write -------------------------------------------------------------------------------------------
@@ -71,8 +73,30 @@ def option(default: Any, check: Callable[[str, Any], Any]) -> Any:
     return field(default=default, metadata={"check": check})
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass_transform(frozen_default=True, field_specifiers=(option,))
+def checked(cls: type[T]) -> type[T]:
+    """A frozen dataclass of which every field is an `option`. Equal is what is the same: tensors may be among the values."""
+    made = dataclass(frozen=True, eq=False)(cls)
+    made.checked_fields = tuple((f.name, f.default, f.metadata["check"]) for f in dataclasses.fields(made))  # type: ignore[attr-defined, arg-type]
+    return made
+
+
+class Checked:
+    """The base of these."""
+
+    checked_fields: ClassVar[tuple[tuple[str, Any, Callable[[str, Any], Any]], ...]] = ()
+
+    def __post_init__(self) -> None:
+        for name, default, check in self.checked_fields:
+            value = getattr(self, name)
+            if value is not default:
+                kept = check(name, value)
+                if kept is not value:
+                    object.__setattr__(self, name, kept)
+
+
+@checked
+class Options(Checked):
     """All that is known before there are tensors, checked: a module makes it once.
 
     Once `num_classes` is known, `background_index` is a label and `labels` are resolved.
@@ -88,8 +112,7 @@ class Options:
     loss_weight: float = option(1.0, checks.finite)
 
     def __post_init__(self) -> None:
-        for name, check in OPTION_CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
+        super().__post_init__()
         background, ignored = label_conventions.resolve(
             self.labels, self.background_index, self.ignore_index, self.num_classes
         )
@@ -101,15 +124,10 @@ class Options:
 
     def of(self, num_classes: int) -> "Options":
         """With the number of classes, where it was left to the shape of the logits."""
-        if self.num_classes is not None:
-            return self
-        return Options(**{**{name: getattr(self, name) for name in OPTION_CHECKS}, "num_classes": num_classes})
+        return Options(**{**{name: getattr(self, name) for name in OPTIONS}, "num_classes": num_classes})
 
 
-OPTION_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    entry.name: entry.metadata["check"] for entry in dataclasses.fields(Options)
-}
-OPTIONS: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(Options)}
+OPTIONS: dict[str, Any] = {name: default for name, default, _ in Options.checked_fields}
 
 
 @dataclass(eq=False)  # not frozen, which costs half a microsecond; nothing changes it
@@ -133,13 +151,13 @@ INPUTS: dict[str, Any] = {
 # --- signatures for help(), inspect and editors -----------------------------------------------------------------------
 
 
-def defaults_of(parameters: type) -> dict[str, Any]:
-    """What each keyword is where it is not given; the loss's own word goes first."""
-    own = {entry.name: entry.default for entry in dataclasses.fields(parameters)}
+def defaults_of(parameters: type[Checked]) -> dict[str, Any]:
+    """What each keyword of a loss is where it is not given; the loss's own word goes first."""
+    own = {name: default for name, default, _ in parameters.checked_fields}
     return {**OPTIONS, **INPUTS, **own, **getattr(parameters, "defaults", {})}
 
 
-def with_signature(parameters: type, keywords: type) -> Callable[[F], F]:
+def with_signature(parameters: type[Checked], keywords: type) -> Callable[[F], F]:
     """Gives a function of `**options: Unpack[keywords]` the signature that names each of them, with its type and default.
 
     Args:

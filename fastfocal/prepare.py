@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from fastfocal import checks, ops
-from fastfocal.checks import ClassValues, Levels, as_levels, shape
+from fastfocal.checks import Levels, as_levels, shape
+from fastfocal.ops import OperatorOptions
 from fastfocal.options import Inputs, Options
 from fastfocal.registration import NO_VMAP, is_mapped
 
@@ -64,27 +65,23 @@ class Divisor:
         return counted if self.factor is None else counted * self.factor
 
 
+POSITIVES, SCORES = Divisor(ops.COUNT_POSITIVES), Divisor(ops.COUNT_SCORES)
+
+
 @dataclass
 class Prepared:
-    """All that a call's operators take."""
+    """All that a call's operators take; `pack_labels` gives the packed labels and what it counts."""
 
+    options: OperatorOptions
     pyramid: Pyramid
     transformed: bool
     mode: str
+    labels: list[Tensor] | None  # None: soft targets
     given: list[Tensor]  # targets, as they came
     together: bool  # they came as one tensor
-    labels: list[Tensor] | None
     background: int
     ignored: int
-    soft_targets: list[Tensor] | None
-    scores: Tensor | None
-    anchor_weight: Tensor | None
-    positive_weight: float
-    negative_weight: float
-    class_weights: Tensor | None
-    class_mask: Tensor | None
     divisor: Divisor
-    level_scales: list[float]
 
 
 def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
@@ -95,36 +92,53 @@ def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
     pyramid = read_logits(inputs.logits, options.num_classes, soft, transformed)
     if transformed and not is_compiling() and any(map(is_mapped, (*pyramid.levels, *given))):
         raise RuntimeError(NO_VMAP)
-    check_targets_of_loss(loss, soft)
-    classes, like = pyramid.num_classes, pyramid.levels[0]
-    options = options.of(classes)
+    if loss.targets != "either":
+        check_targets_of_loss(loss, soft)
+    classes, like, reduction = pyramid.num_classes, pyramid.levels[0], options.reduction
+    if options.num_classes is None:
+        options = options.of(classes)
     assert options.background_index is not None
     positive, negative, class_weights = weigh(loss, inputs.class_weight, classes, like, transformed)
     class_mask = None if inputs.class_mask is None else read_class_mask(inputs.class_mask, pyramid)
-    divisor = resolve_normalizer(loss, inputs, options.reduction, pyramid, soft, class_mask)
-    scales = level_scales(options, len(pyramid.levels), divisor.number)
-    mode = resolve_mode(options.grad_mode, options.reduction, pyramid.levels)
-    anchor_weight = None if inputs.weight is None else read_per_anchor("weight", "weights", inputs.weight, pyramid)
-    scores = None if inputs.scores is None else read_scores(loss, inputs.scores, pyramid, soft)
+    divisor = resolve_normalizer(loss, inputs, reduction, pyramid, soft, class_mask)
     together = isinstance(inputs.targets, Tensor)
+    operator_options = OperatorOptions(
+        packed_labels=None,
+        soft_targets=None,
+        scores=None,
+        anchor_weight=None,
+        class_weights=class_weights,
+        class_mask=class_mask,
+        divisor=divisor.factor,
+        level_scales=level_scales(options, len(pyramid.levels), divisor.number),
+        positive_weight=positive,
+        negative_weight=negative,
+        loss=loss.kind,
+        loss_parameters=loss.parameters(),
+        num_classes=classes,
+        reduction=REDUCTIONS[reduction],
+    )
+    mode = resolve_mode(options.grad_mode, reduction, pyramid.levels)
+    if inputs.weight is not None:
+        operator_options.anchor_weight = read_per_anchor("weight", "weights", inputs.weight, pyramid)
+    if inputs.scores is not None:
+        operator_options.scores = read_scores(loss, inputs.scores, pyramid, soft)
+    labels = None
+    if soft:
+        operator_options.soft_targets = read_soft_targets(given, pyramid.dense)
+    else:
+        labels = read_labels(given, together, pyramid)
     return Prepared(
+        options=operator_options,
         pyramid=pyramid,
         transformed=transformed,
         mode=mode,
+        labels=labels,
         given=given,
         together=together,
-        labels=None if soft else read_labels(given, together, pyramid),
         background=options.background_index,
         ignored=options.ignore_index,
-        soft_targets=read_soft_targets(given, pyramid.dense) if soft else None,
-        scores=scores,
-        anchor_weight=anchor_weight,
-        positive_weight=positive,
-        negative_weight=negative,
-        class_weights=class_weights,
-        class_mask=class_mask,
         divisor=divisor,
-        level_scales=scales,
     )
 
 
@@ -155,7 +169,8 @@ def read_logits(logits: Levels, num_classes: int | None, soft: bool, transformed
     checks.floating("logits[0]", first)
     if dim not in (2, 3, 4):
         raise ValueError(f"logits[0]: expected (N, A*K, H, W), (N, M, K) or (M, K), got shape {shape(first)}")
-    if dim > 2 and shapes[0][0] >= 2**31:
+    n = shapes[0][0]
+    if dim > 2 and n >= 2**31:
         raise ValueError(f"logits[0]: expected less than 2^31 images, got shape {shape(first)}")
     for i in range(1, len(levels)):
         t, size = levels[i], shapes[i]
@@ -165,8 +180,8 @@ def read_logits(logits: Levels, num_classes: int | None, soft: bool, transformed
             raise ValueError(f"logits[{i}]: expected the device of level 0, {device}, got {t.device}")
         if len(size) != dim:
             raise ValueError(f"logits[{i}]: expected {dim} dimensions as level 0 has, got shape {shape(t)}")
-        if dim > 2 and size[0] != shapes[0][0]:
-            raise ValueError(f"logits[{i}]: expected batch size {shapes[0][0]} as level 0 has, got shape {shape(t)}")
+        if dim > 2 and size[0] != n:
+            raise ValueError(f"logits[{i}]: expected batch size {n} as level 0 has, got shape {shape(t)}")
     if num_classes is None:
         if dim == 4 and not soft:
             raise ValueError("num_classes: needed with logits of shape (N, A*K, H, W) and labels, got None")
@@ -258,7 +273,8 @@ def read_soft_targets(given: list[Tensor], levels: list[Tensor]) -> list[Tensor]
             )
         if t.device != logits.device:
             raise ValueError(f"targets[{i}]: expected the logits' device, {logits.device}, got {t.device}")
-        checks.no_gradient(f"targets[{i}]", t)
+        if t.requires_grad:
+            checks.no_gradient(f"targets[{i}]", t)
     dtype = levels[0].dtype
     if not all(t.dtype == dtype for t in given):
         dtype = ops.accumulation_dtype(dtype)
@@ -284,7 +300,8 @@ def read_anchors(name: str, given: list[Tensor], together: bool, pyramid: Pyrami
     for i, t in enumerate(given):
         if t.device != device:
             raise ValueError(f"{name}[{i}]: expected the logits' device, {device}, got {t.device}")
-        checks.no_gradient(f"{name}[{i}]", t)
+        if t.requires_grad:
+            checks.no_gradient(f"{name}[{i}]", t)
     if together and len(levels) > 1:
         value, total = given[0], sum(anchors)
         expected = (total,) if dim == 2 else (n, total)
@@ -374,58 +391,42 @@ def weigh(
 ) -> tuple[float, float, Tensor | None]:
     """The weights of positives and of negatives as numbers, or for each class, (2, K) on the logits' device."""
     positive, negative = loss.weights(num_classes, like.device)
-    factors = checks.class_weight("class_weight", class_weight, num_classes)
-    if factors is None and isinstance(positive, float) and isinstance(negative, float):
+    if class_weight is not None:
+        factors = checks.class_weight("class_weight", class_weight, num_classes)
+        of_positives, of_negatives = factors.rows(like.device)
+        positive, negative = times(positive, of_positives), times(negative, of_negatives)
+    elif isinstance(positive, float) and isinstance(negative, float):
         return positive, negative, None
-    rows = class_weights(positive, negative, factors, num_classes, like.device)
     dtype = ops.accumulation_dtype(like.dtype)
-    if isinstance(rows, Tensor):
+    if isinstance(positive, Tensor) or isinstance(negative, Tensor):
+        rows = torch.stack([as_row(weight, num_classes, like.device) for weight in (positive, negative)])
         return 1.0, 1.0, rows.to(dtype)
+    numbers = tuple([(w,) * num_classes if isinstance(w, float) else w for w in (positive, negative)])
     # What is made under a mode or a transform may be no ordinary tensor (fake, traced, wrapped), and must not outlast it.
     if transformed or torch._C._len_torch_dispatch_stack() > 0:
-        return 1.0, 1.0, make_class_weights(rows, dtype, like.device)
-    return 1.0, 1.0, remembered_class_weights(rows, dtype, like.device)
+        return 1.0, 1.0, make_class_weights(numbers, dtype, like.device)
+    return 1.0, 1.0, remembered_class_weights(numbers, dtype, like.device)
 
 
-Rows = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-def class_weights(
-    positive: Weight, negative: Weight, factors: ClassValues | None, num_classes: int, device: torch.device
-) -> Rows | Tensor:
-    """Both rows in float64: as numbers, or where a tensor is among them as a tensor."""
-    of_positives: Weight = 1.0
-    of_negatives: Weight = 1.0
-    if factors is not None:
-        values = factors.on(device)
-        of_positives, of_negatives = values if len(factors.shape) == 2 else (values, values)  # type: ignore[assignment]
-    return both_rows(times(positive, of_positives, device), times(negative, of_negatives, device), num_classes, device)
-
-
-def times(weight: Weight, factor: Weight, device: torch.device) -> Weight:
-    if isinstance(factor, float) and factor == 1:
-        return weight
-    if isinstance(weight, Tensor) or isinstance(factor, Tensor):
-        return as_row(weight, device) * as_row(factor, device)
+def times(weight: Weight, factors: tuple[float, ...] | Tensor) -> Weight:
     if isinstance(weight, float):
-        return tuple([weight * f for f in factor])  # type: ignore[union-attr]
-    return tuple([w * f for w, f in zip(weight, factor, strict=True)])  # type: ignore[arg-type]
+        return weight * factors if isinstance(factors, Tensor) else tuple([weight * f for f in factors])
+    if isinstance(weight, tuple) and isinstance(factors, tuple):
+        return tuple([w * f for w, f in zip(weight, factors, strict=True)])
+    device = weight.device if isinstance(weight, Tensor) else factors.device  # type: ignore[union-attr]
+    return as_row(weight, 0, device) * as_row(factors, 0, device)
 
 
-def as_row(weight: Weight, device: torch.device) -> Tensor | float:
-    return torch.tensor(weight, dtype=torch.float64, device=device) if isinstance(weight, tuple) else weight
+def as_row(weight: Weight, num_classes: int, device: torch.device) -> Tensor:
+    """(K,) in float64."""
+    if isinstance(weight, Tensor):
+        return weight
+    if isinstance(weight, float):
+        weight = (weight,) * num_classes
+    return torch.tensor(weight, dtype=torch.float64, device=device)
 
 
-def both_rows(positive: Weight, negative: Weight, num_classes: int, device: torch.device) -> Rows | Tensor:
-    if not isinstance(positive, Tensor) and not isinstance(negative, Tensor):
-        return tuple([(w,) * num_classes if isinstance(w, float) else w for w in (positive, negative)])  # type: ignore[return-value]
-    rows = [as_row(w, device) for w in (positive, negative)]
-    return torch.stack(
-        [
-            row if isinstance(row, Tensor) else torch.full((num_classes,), row, dtype=torch.float64, device=device)
-            for row in rows
-        ]
-    )
+Rows = tuple[tuple[float, ...], ...]
 
 
 def make_class_weights(rows: Rows, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -451,11 +452,14 @@ def resolve_normalizer(
     if isinstance(normalizer, Tensor):
         normalizer = checks.as_plain("normalizer", normalizer)
     check_normalizer(loss, normalizer, like, soft, inputs.scores is not None)
+    if isinstance(normalizer, str) and soft:
+        assert loss.positive_target is not None
+        return Divisor(factor=divisor_of_soft_targets(normalizer, loss.positive_target, inputs.targets, like))
     if isinstance(normalizer, str):
         if normalizer == "positives":
-            return Divisor(ops.COUNT_POSITIVES)
+            return POSITIVES
         if normalizer == "scores":
-            return Divisor(ops.COUNT_SCORES)
+            return SCORES
         number, factor = size_as_divisor(max(1, pyramid.images), like)
         return Divisor(ops.COUNT_POSITIVES_PER_IMAGE, number=number, factor=factor)
     if isinstance(normalizer, Tensor):
@@ -464,6 +468,15 @@ def resolve_normalizer(
         divisor = normalizer.detach().to(like.device, torch.float64, non_blocking=True)
         return Divisor(factor=divisor.contiguous())
     return Divisor(number=1.0 if normalizer is None else float(normalizer))
+
+
+def divisor_of_soft_targets(normalizer: str, positive: float, targets: Levels, like: Tensor) -> Tensor:
+    """What the targets that are a positive's come to, counted as labels are: in all, or (N,)."""
+    found = [t == positive for t in as_levels("targets", targets)]
+    if normalizer == "positives" or like.dim() == 2:
+        return torch.stack([t.sum(dtype=torch.float64) for t in found]).sum().clamp(min=1)
+    by_image = torch.stack([t.flatten(1).sum(1, dtype=torch.float64) for t in found]).sum(0)
+    return by_image.clamp(min=1) * max(1, ops.images(like))
 
 
 def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None) -> Divisor:
@@ -485,7 +498,7 @@ def check_normalizer(
 ) -> None:
     checks.normalizer("normalizer", normalizer, loss.takes_scores)
     if isinstance(normalizer, str):
-        if soft:
+        if soft and (loss.positive_target is None or normalizer == "scores"):
             raise ValueError(
                 f"normalizer: {normalizer!r} counts labels, but the targets are soft; expected a number, a tensor or None "
                 "(for one, normalizer=soft_targets.sum())"

@@ -82,7 +82,10 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
         divisor: float | Tensor = _count_logits(ignored, num_classes, present).clamp(min=1)
     else:
         check_normalizer(loss, inputs.normalizer, levels[0], soft, scores is not None)
-        divisor = _resolve_divisor(inputs.normalizer, None if soft else dense, scores, _num_images(levels[0]), dtype)
+        counted = dense
+        if soft:  # the check has let no string through where nothing counts
+            counted = [] if loss.positive_target is None else [torch.eq(t, loss.positive_target) for t in dense]
+        divisor = _resolve_divisor(inputs.normalizer, counted, scores, _num_images(levels[0]), dtype)
 
     positive, negative = _weights(loss, inputs, num_classes, levels[0].device)
     weights = None if inputs.weight is None else _split_per_level("weight", inputs.weight, levels, num_classes)
@@ -234,11 +237,11 @@ def sigmoid_focal_loss(
 def _weights(loss: Loss, inputs: Inputs, num_classes: int, device: torch.device) -> tuple[Any, Any]:
     """Of positives and of negatives, numbers or (K,), in float64, so that 1 - alpha is rounded once."""
     positive, negative = loss.weights(num_classes, device)
-    factors = checks.class_weight("class_weight", inputs.class_weight, num_classes)
-    if factors is None:
+    if inputs.class_weight is None:
         return positive, negative
-    rows = _float64(factors.values, device).expand(2, num_classes)
-    return _float64(positive, device) * rows[0], _float64(negative, device) * rows[1]
+    rows = checks.class_weight("class_weight", inputs.class_weight, num_classes).rows(device)
+    of_positives, of_negatives = [_float64(row, device) for row in rows]
+    return _float64(positive, device) * of_positives, _float64(negative, device) * of_negatives
 
 
 def _float64(value: Any, device: torch.device) -> Tensor:
@@ -318,23 +321,22 @@ def _split_soft_targets(targets: list[Tensor], levels: list[Tensor]) -> list[Ten
 
 def _resolve_divisor(
     normalizer: str | float | Tensor | None,
-    one_hot: list[Tensor] | None,
+    positive: list[Tensor],
     scores: list[Tensor] | None,
     num_images: int,
     dtype: torch.dtype,
 ) -> float | Tensor:
-    """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `one_hot` is None for soft targets."""
+    """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `positive`: of each level, (N, M, K)."""
     if normalizer is None:
         return 1.0
     if isinstance(normalizer, str):
-        assert one_hot is not None
         if normalizer == "scores":
             assert scores is not None
             of_positives = [
-                (score.double() * target.any(-1)).sum() for score, target in zip(scores, one_hot, strict=True)
+                (score.double() * target.any(-1)).sum() for score, target in zip(scores, positive, strict=True)
             ]
             return torch.stack(of_positives).sum().clamp(min=1).to(dtype)
-        positives = torch.stack([target.sum(dim=(1, 2)) for target in one_hot]).sum(dim=0)  # (N,)
+        positives = torch.stack([target.sum(dim=(1, 2)) for target in positive]).sum(dim=0)  # (N,)
         if normalizer == "positives":
             return positives.sum().clamp(min=1)
         return (num_images * positives.clamp(min=1)).reshape(num_images, 1, 1)

@@ -8,7 +8,6 @@ derivative in C++: csrc/losses/focal.h.
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -18,24 +17,18 @@ from typing_extensions import Unpack
 from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Alpha, Loss, Module, PerClass, Weight, alpha_weights
-from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, with_signature
+from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+@checked
 class FocalLoss(Loss):
     kind = ops.FOCAL_LOSS
     name = "focal_loss"
 
-    alpha: Any = 0.25
-    gamma: float = 2.0
-    label_smoothing: float = 0.0
-    detach_modulating_factor: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", checks.alpha("alpha", self.alpha))
-        object.__setattr__(self, "gamma", checks.at_least_0("gamma", self.gamma))
-        object.__setattr__(self, "label_smoothing", checks.share("label_smoothing", self.label_smoothing))
-        checks.flag("detach_modulating_factor", self.detach_modulating_factor)
+    alpha: Any = option(0.25, checks.alpha)
+    gamma: float = option(2.0, checks.at_least_0)
+    label_smoothing: float = option(0.0, checks.share)
+    detach_modulating_factor: bool = option(False, checks.flag)
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         return alpha_weights(self.alpha, num_classes, device)

@@ -9,7 +9,6 @@ csrc/losses/focal_star.h.
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, overload
 
 import torch
@@ -19,26 +18,24 @@ from typing_extensions import Unpack
 from fastfocal import checks, ops, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Alpha, Loss, Module, PerClass, Weight, alpha_weights
-from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, with_signature
+from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
 
 
-@dataclass(frozen=True, eq=False)
+def above_0(name: str, value: object) -> float:
+    value = checks.number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0, by which focal loss star is divided, got {value}")
+    return value
+
+
+@checked
 class FocalLossStar(Loss):
     kind = ops.FOCAL_LOSS_STAR
     name = "focal_loss_star"
 
-    alpha: Any = 0.25
-    gamma: float = 2.0
-    beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", checks.alpha("alpha", self.alpha))
-        object.__setattr__(self, "gamma", checks.number("gamma", self.gamma))
-        if not 0 < self.gamma < math.inf:
-            raise ValueError(
-                f"gamma: expected a finite number > 0, by which focal loss star is divided, got {self.gamma}"
-            )
-        object.__setattr__(self, "beta", checks.finite("beta", self.beta))
+    alpha: Any = option(0.25, checks.alpha)
+    gamma: float = option(2.0, above_0)
+    beta: float = option(1.0, checks.finite)
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         return alpha_weights(self.alpha, num_classes, device)

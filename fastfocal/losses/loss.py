@@ -3,11 +3,9 @@
 """
 
 # No `from __future__ import annotations` here: `help()` and editors then show the types, not their names.
-import dataclasses
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,16 +17,15 @@ from typing_extensions import Self
 from fastfocal import checks
 from fastfocal import labels as label_conventions
 from fastfocal.checks import ClassValues, Levels
-from fastfocal.options import OPTIONS, Inputs, Normalizer, Options, defaults_of
+from fastfocal.options import OPTIONS, Checked, Inputs, Normalizer, Options, defaults_of
 from fastfocal.pyramid import pyramid_loss
 
 Weight = float | tuple[float, ...] | Tensor  # one for all classes, or one for each
 Alpha = float | Sequence[float] | Tensor | None
 
 
-@dataclass(frozen=True, eq=False)
-class Loss:
-    """The parameters of a loss, each with its check in `__post_init__`; and the loss itself in pure PyTorch."""
+class Loss(Checked):
+    """The parameters of a loss, each an `option` with its check; and the loss itself in pure PyTorch."""
 
     kind: ClassVar[int]  # LossKind in csrc/
     name: ClassVar[str]  # of the function
@@ -36,6 +33,7 @@ class Loss:
     defaults: ClassVar[Mapping[str, Any]] = {}
     takes_scores: ClassVar[bool] = False  # a positive's target is its anchor's score
     targets: ClassVar[Literal["either", "labels", "soft"]] = "either"
+    positive_target: ClassVar[float | None] = None  # what a soft target is where normalizers count a positive
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         """Of positives and of negatives; numbers for each class are checked here, and tensors come on the device."""
@@ -102,7 +100,7 @@ class PerClass:
         return module.__dict__[self.number] if values is None else values
 
     def __set__(self, module: Any, value: Any) -> None:
-        checked = self.check(self.name, value, module.num_classes)
+        checked = None if value is None else self.check(self.name, value, module.num_classes)
         values = checked.values if isinstance(checked, ClassValues) else None
         if isinstance(values, tuple):
             values = torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -136,7 +134,7 @@ class Module(nn.Module):
             for name, attribute in vars(base).items()
             if isinstance(attribute, PerClass)
         }
-        cls._own = tuple(entry.name for entry in dataclasses.fields(cls.parameters_of_loss))
+        cls._own = tuple(name for name, _, _ in cls.parameters_of_loss.checked_fields)
         cls._shared = tuple(name for name in OPTIONS if name != "labels")  # these are two indices by then
         cls._kept = tuple(
             cls._per_class[name].number if name in cls._per_class else name for name in (*cls._own, *cls._shared)

@@ -1,0 +1,116 @@
+// Evaluates the losses of csrc/losses for the tests, logit by logit, without torch: test_loss_headers.py calls it.
+#include "cpu/vec_math.h"
+#include "dispatch.h"
+#include "losses/asymmetric.h"
+#include "losses/bce.h"
+#include "losses/gaussian_focal.h"
+#include "losses/scored_focal.h"
+
+namespace fastfocal {
+namespace FASTFOCAL_ISA {
+
+enum How { kNegative, kNegativeInSteps, kPositive, kSoft, kSoftInSteps, kSoftWeight };
+
+template <class Loss, class V>
+Term<V> evaluate(const Loss& loss, How how, V x, V y) {
+  switch (how) {
+    case kNegative:
+      return loss.negative(x);
+    case kNegativeInSteps: {
+      const V e = loss.exponential(x);
+      if constexpr (Loss::kLogarithm) return loss.negative(x, e, loss.logarithm(e));
+      return loss.negative(x, e, V(0.0f));
+    }
+    case kPositive:
+      return loss.positive(x, y);
+    case kSoftInSteps:
+      if constexpr (Loss::kSoftInSteps) return loss.soft(x, y, loss.exponential(x));
+      return loss.soft(x, y);
+    case kSoftWeight: {
+      const V weight = Loss::soft_weight(y, V(3.0f), V(5.0f));
+      return {weight, weight};
+    }
+    default:
+      return loss.soft(x, y);
+  }
+}
+
+inline double load_lanes(const double* p, double*) { return *p; }
+inline float load_lanes(const float* p, float*) { return *p; }
+inline Vec load_lanes(const float* p, Vec*) { return load(p); }
+inline void store_lanes(double* p, double x) { *p = x; }
+inline void store_lanes(float* p, float x) { *p = x; }
+inline void store_lanes(float* p, Vec x) { store(p, x); }
+
+// n is a multiple of kLanes.
+template <class Loss, class V, class S>
+void evaluate_all(const LossParams& params, How how, long n, const S* x, const S* y, S* loss, S* grad) {
+  const Loss formula(params);
+  for (long i = 0; i < n; i += long(sizeof(V) / sizeof(S))) {
+    const Term<V> t =
+        evaluate(formula, how, load_lanes(x + i, static_cast<V*>(nullptr)), load_lanes(y + i, static_cast<V*>(nullptr)));
+    store_lanes(loss + i, t.loss);
+    store_lanes(grad + i, t.grad);
+  }
+}
+
+// Which struct: the one for any exponent, for the usual ones, and for four of the losses the two that they share.
+enum Which { kAny, kUsual, kSharedAny, kSharedUsual };
+
+template <class V, class S>
+bool run(int kind, Which which, const double* values, How how, long n, const S* x, const S* y, S* loss, S* grad) {
+  LossParams params = {};
+  params.kind = LossKind(kind);
+  for (size_t i = 0; i < kMaxLossParameters; ++i) params.value[i] = values[i];
+  const auto with = [&](auto type) {
+    evaluate_all<typename decltype(type)::type, V, S>(params, how, n, x, y, loss, grad);
+    return true;
+  };
+  const auto either = [&](auto usual, auto any) { return which == kUsual ? with(usual) : with(any); };
+  constexpr Gamma kTwo = Gamma::kTwo;
+  if (which == kSharedAny) return with(Type<ScoredFocal<S, Gamma::kAny>>());
+  if (which == kSharedUsual) return with(Type<ScoredFocal<S, kTwo>>());
+  switch (params.kind) {
+    case LossKind::kVarifocal:
+      return either(Type<Varifocal<S, kTwo>>(), Type<Varifocal<S, Gamma::kAny>>());
+    case LossKind::kQualityFocal:
+      if (values[1] != 0)
+        return either(Type<QualityFocalActivated<S, kTwo>>(), Type<QualityFocalActivated<S, Gamma::kAny>>());
+      return either(Type<QualityFocal<S, kTwo>>(), Type<QualityFocal<S, Gamma::kAny>>());
+    case LossKind::kMatchabilityAware:
+      return either(Type<MatchabilityAware<S, kTwo>>(), Type<MatchabilityAware<S, Gamma::kAny>>());
+    case LossKind::kIouAwareBce:
+      return either(Type<IouAwareBce<S, kTwo>>(), Type<IouAwareBce<S, Gamma::kAny>>());
+    case LossKind::kBce:
+      return with(Type<Bce<S>>());
+    case LossKind::kGaussianFocal:
+      return either(Type<GaussianFocal<S, kTwo>>(), Type<GaussianFocal<S, Gamma::kAny>>());
+    case LossKind::kAsymmetric:
+      if (values[2] != 0) return either(Type<Asymmetric<S, true, kTwo>>(), Type<Asymmetric<S, true, Gamma::kAny>>());
+      return either(Type<Asymmetric<S, false, kTwo>>(), Type<Asymmetric<S, false, Gamma::kAny>>());
+    default:
+      return false;
+  }
+}
+
+}  // namespace FASTFOCAL_ISA
+}  // namespace fastfocal
+
+#define FASTFOCAL_EXPORT extern "C" __attribute__((visibility("default")))
+
+using fastfocal::FASTFOCAL_ISA::How;
+using fastfocal::FASTFOCAL_ISA::Which;
+
+FASTFOCAL_EXPORT bool evaluate_double(int kind, int which, const double* values, int how, long n, const double* x,
+                                      const double* y, double* loss, double* grad) {
+  return fastfocal::FASTFOCAL_ISA::run<double, double>(kind, Which(which), values, How(how), n, x, y, loss, grad);
+}
+FASTFOCAL_EXPORT bool evaluate_float(int kind, int which, const double* values, int how, long n, const float* x,
+                                     const float* y, float* loss, float* grad) {
+  return fastfocal::FASTFOCAL_ISA::run<float, float>(kind, Which(which), values, How(how), n, x, y, loss, grad);
+}
+FASTFOCAL_EXPORT bool evaluate_vector(int kind, int which, const double* values, int how, long n, const float* x,
+                                      const float* y, float* loss, float* grad) {
+  return fastfocal::FASTFOCAL_ISA::run<fastfocal::FASTFOCAL_ISA::Vec, float>(kind, Which(which), values, How(how), n, x, y,
+                                                                             loss, grad);
+}
