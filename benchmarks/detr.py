@@ -1,7 +1,7 @@
 """The DETRs' criteria on made-up outputs of the sizes that they train with: what benchmarks.hosts times and counts.
 
-A criterion gets the outputs of all decoder layers, with denoising queries and the encoder's where it has them, and objects of four
-images. Only boxes near objects are matched, as in training; nothing else depends on what the numbers are.
+A criterion gets the outputs of all decoder layers, with denoising queries and the encoder's where it has them, and objects of
+four images.
 """
 
 from __future__ import annotations
