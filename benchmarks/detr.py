@@ -6,6 +6,7 @@ four images.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -19,13 +20,13 @@ Step = Callable[[], Tensor]  # the forward of a step: its loss
 
 
 class Case(NamedTuple):
-    """One criterion: a step of the stock one and of ours; `classes` is the classification loss alone, the matches given."""
+    """One criterion: a step of the stock one and of ours, with all losses, and with the classification loss alone."""
 
     name: str
     stock: Step
     ours: Step
-    stock_classes: Step
-    our_classes: Step
+    stock_alone: Step | None  # with the matches given; None where the criterion has no such switch
+    our_alone: Step | None
     leaves: list[Tensor]
 
 
@@ -99,8 +100,7 @@ def case(
 
 
 def transformers() -> Iterator[Case]:
-    from transformers import Deimv2Config, DFineConfig, RTDetrConfig
-    from transformers.loss.loss_d_fine import DFineLoss
+    from transformers import Deimv2Config, RTDetrConfig
     from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
     from transformers.loss.loss_deimv2 import Deimv2Loss
     from transformers.loss.loss_grounding_dino import GroundingDinoHungarianMatcher, GroundingDinoImageLoss
@@ -124,8 +124,7 @@ def transformers() -> Iterator[Case]:
         return criterion
 
     for name, kind, config, classification in (
-        ("RT-DETR", RTDetrLoss, RTDetrConfig, "vfl"),
-        ("D-FINE", DFineLoss, DFineConfig, "vfl"),
+        ("RT-DETR, D-FINE", RTDetrLoss, RTDetrConfig, "vfl"),
         ("DEIMv2", Deimv2Loss, Deimv2Config, "mal"),
     ):
 
@@ -194,13 +193,18 @@ def rfdetr() -> Iterator[Case]:
     outputs["aux_outputs"] = [layer(queries, classes, names) for _ in range(2)]
     outputs["enc_outputs"] = layer(queries, classes, names)
     targets = objects(classes, "labels")
-    for name, stock in (("layer by layer", SetCriterion), ("layers stacked, eager", Stacked)):
-        made = case("", make, outputs, targets, ["labels", "boxes", "cardinality"], accelerate)
-        theirs = case(
-            "", lambda stock=stock: make(stock), outputs, targets, ["labels", "boxes", "cardinality"], lambda c: c
+    for name, stock, alone in (("layer by layer", SetCriterion, True), ("layers stacked, eager", Stacked, False)):
+        theirs = case("", lambda stock=stock: make(stock), outputs, targets, ["labels"], lambda criterion: criterion)
+        ours = case("", make, outputs, targets, ["labels"], accelerate)
+        found = Case(
+            f"rfdetr SetCriterion, {name}: 4 layers of 13 groups of 300 queries, K={classes}",
+            theirs.stock,
+            ours.ours,
+            theirs.stock_alone if alone else None,
+            ours.our_alone if alone else None,
+            ours.leaves,
         )
-        label = f"rfdetr SetCriterion, {name}: 4 layers of 13 groups of 300 queries, K={classes}"
-        yield Case(label, theirs.stock, made.ours, theirs.stock_classes, made.our_classes, made.leaves)
+        yield found
 
 
 def ultralytics() -> Iterator[Case]:
@@ -223,7 +227,7 @@ def ultralytics() -> Iterator[Case]:
     found = case(
         f"ultralytics RT-DETR: 7 layers of 300 queries, K={classes}", make, (boxes, logits), batch, [], accelerate
     )
-    yield found._replace(leaves=[boxes, logits])
+    yield found._replace(stock_alone=None, our_alone=None)
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------
@@ -257,18 +261,20 @@ def count(step: Step, leaves: list[Tensor]) -> tuple[int, int]:
     return calls.count, sum(type(node).__name__ != "AccumulateGrad" for node in seen)
 
 
-def table(hosts: list[Callable[[], Iterator[Case]]]) -> list[str]:
-    lines = [
-        "| criterion, forward and backward | operator calls | autograd nodes | calls of the classes' loss alone | its nodes |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for host in hosts:
+def table() -> Iterator[str]:
+    """Lines of Markdown, one for each criterion as it is done."""
+    yield "| criterion, forward and backward | operator calls | autograd nodes | classification alone: calls | nodes |"
+    yield "|---|--:|--:|--:|--:|"
+    for host in (transformers, rfdetr, ultralytics):
+        if importlib.util.find_spec(host.__name__) is None:
+            yield f"| {host.__name__}: not installed | | | | |"
+            continue
         for found in host():
-            pairs = (found.stock, found.ours), (found.stock_classes, found.our_classes)
             cells = []
-            for stock, ours in pairs:
+            for stock, ours in ((found.stock, found.ours), (found.stock_alone, found.our_alone)):
+                if stock is None or ours is None:
+                    cells += ["", ""]
+                    continue
                 (calls, nodes), (fewer, less) = count(stock, found.leaves), count(ours, found.leaves)
                 cells += [f"{calls} to {fewer}", f"{nodes} to {less}"]
-            lines.append(f"| {found.name} | {' | '.join(cells)} |")
-            print(lines[-1], flush=True)
-    return lines
+            yield f"| {found.name} | {' | '.join(cells)} |"

@@ -630,7 +630,7 @@ def test_centernet(alpha: float, gamma: float, weights: dict[str, float], traini
     for name, loss in stock.items():
         torch.testing.assert_close(ours[name], loss, rtol=DOUBLE, atol=0)
     for mine, theirs in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)  # the 1e-12 in mmdet's logarithms
     again, _ = heatmap_step(compat.restore(head), gt, torch.float64)
     assert all(torch.equal(again[name], loss) for name, loss in stock.items())
 

@@ -21,6 +21,7 @@ pytest.importorskip("mmdet3d.models.dense_heads", exc_type=Exception)
 from mmdet3d.models.dense_heads import CenterHead
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.config import ConfigDict
+from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 
 from fastfocal.compat import mmdet3d as compat
@@ -31,7 +32,12 @@ GRID = 32
 
 def make(**loss: Any) -> Any:
     torch.manual_seed(0)
-    head = CenterHead(
+    with DefaultScope.overwrite_default_scope("mmdet3d"):  # mmdet's tests may have set another in this process
+        return build(**loss)
+
+
+def build(**loss: Any) -> Any:
+    return CenterHead(
         in_channels=8,
         tasks=[{"num_class": len(names), "class_names": names} for names in TASKS],
         common_heads={"reg": (2, 2), "height": (1, 2), "dim": (3, 2), "rot": (2, 2), "vel": (2, 2)},
@@ -57,7 +63,6 @@ def make(**loss: Any) -> Any:
             code_weights=[1.0] * 10,
         ),
     )
-    return head
 
 
 def objects() -> list[InstanceData]:
