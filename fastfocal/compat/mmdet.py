@@ -453,6 +453,7 @@ class FastCenterNetHead(CenterNetHead):  # type: ignore[misc]
     """mmdet's CenterNetHead. In training `forward` gives logits of heatmaps; `loss_by_feat` and `predict_by_feat` take them."""
 
     stock_losses = (GaussianFocalLoss,)
+    loss_center_heatmap: Any
 
     def forward_single(self, x: Tensor) -> tuple[Tensor, ...]:
         if not self.training:
@@ -514,7 +515,7 @@ _FAST: patching.Swaps = {
 
 def check_loss(head: Any) -> None:
     """Raises ValueError where the head's classification loss is not the one that its fast class computes."""
-    fast = head if hasattr(head, "stock_losses") else _FAST[type(head)]
+    fast: Any = head if hasattr(head, "stock_losses") else _FAST[type(head)]
     name = "loss_cls" if hasattr(head, "loss_cls") else "loss_center_heatmap"
     loss = getattr(head, name)
     if type(loss) not in fast.stock_losses or getattr(loss, "activated", False) or loss.reduction != "mean":

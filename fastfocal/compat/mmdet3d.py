@@ -43,6 +43,8 @@ class _Recorder(nn.Module):
 class FastCenterHead(CenterHead):  # type: ignore[misc]
     """mmdet3d's CenterHead."""
 
+    loss_cls: Any
+
     def loss_by_feat(self, preds_dicts: Any, *rest: Any, **options: Any) -> dict[str, Tensor]:
         """As the head's own: the losses of each task's heatmap and boxes."""
         _check(self)

@@ -69,7 +69,8 @@ class FastSetCriterion(host.SetCriterion):  # type: ignore[misc]
         if num_boxes is None:
             num_boxes = self.num_boxes_for_targets(outputs, targets)
         num_boxes = torch.as_tensor(num_boxes, dtype=torch.float32, device=outputs["pred_logits"].device)
-        self._later = calls = []
+        calls: list[_Call] = []
+        self._later = calls
         try:
             losses: dict[str, Tensor] = super().forward(outputs, targets, num_boxes)
         finally:

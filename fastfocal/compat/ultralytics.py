@@ -161,10 +161,14 @@ class FastDETRLoss(host_criterion.DETRLoss):  # type: ignore[misc]
         """(layers,) by one of the three losses that the criterion may have."""
         logits, labels = [layer.logits for layer in layers], [layer.labels for layer in layers]
         objects, gain = layers[0].objects, float(self.loss_gain["class"])
-        given = {"reduction": "level", "normalizer": float(max(objects, 1)), "loss_weight": gain}
+        queries = logits[0].shape[1]  # which the cross entropy is a mean over
+        given: dict[str, Any] = {
+            "reduction": "level",
+            "normalizer": float(max(objects if self.fl else queries, 1)),
+            "loss_weight": gain,
+        }
         scores = [layer.scores for layer in layers]
         if not self.fl:
-            given["normalizer"] = float(max(logits[0].shape[1], 1))  # the mean over queries
             found = fastfocal.bce_loss(logits, labels, scores=scores, **given)
         elif objects and self.vfl:
             numbers = {"alpha": self.vfl.alpha, "gamma": self.vfl.gamma}
