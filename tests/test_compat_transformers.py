@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -473,6 +474,31 @@ def test_the_text_mask_of_one_query() -> None:
         pytest.raises(ValueError, match="text_mask: expected the same tokens for all queries"),
     ):
         grounding_dino().loss_labels(outputs, targets, indices, 3)
+
+
+@pytest.mark.parametrize("boxes", BOXES)
+@every_precision
+def test_precision_of_the_phrases(precision: Precision, boxes: str) -> None:
+    """Grounding DINO's targets are float32, and so its losses of 16 bits. Its model gives -inf where the mask is False."""
+    outputs = of_a_text(predictions(400, torch.Generator().manual_seed(0)))
+    mask, number = outputs["text_mask"], BOXES[boxes]
+    logits = large_logits(3, 400, CLASSES, generator=torch.Generator().manual_seed(2)).masked_fill(~mask, -math.inf)
+    indices = [(torch.tensor([8, 1]), torch.tensor([0, 1])), (torch.tensor([5]), torch.tensor([0]))] * 2
+    criterion, targets = grounding_dino(), [{"class_labels": torch.tensor([1, 2])}] * 3
+    tokens = criterion._get_target_classes_one_hot({**outputs, "logits": logits}, targets, indices[:3]).double()
+
+    def of(context: Callable[[], Any]) -> Callable[[Tensor], Tensor]:
+        def loss(x: Tensor) -> Tensor:
+            with context():
+                found: Tensor = criterion.loss_labels({**outputs, "logits": x}, targets, indices[:3], number)["loss_ce"]
+                return found
+
+        return loss
+
+    def exact(x: Tensor) -> Tensor:
+        return reference.sigmoid_focal_loss(x[mask], tokens[mask], reduction="sum") / torch.as_tensor(number).double()
+
+    check(of(compat.fused_functions), of(nullcontext), exact, logits, precision)
 
 
 # --- LW-DETR's log(1 - p) ---------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ class FastDETRLoss(host_criterion.DETRLoss):  # type: ignore[misc]
         **options: Any,
     ) -> Any:
         _check_batch(self, batch)
-        self._layers = layers = []
+        layers: list[_Layer] = []
+        self._layers = layers
         try:
             losses = super().forward(pred_bboxes, pred_scores, batch, postfix, *rest, **options)
         finally:
