@@ -2,6 +2,7 @@
 
     pip install ".[test]" -r tests/hosts.txt
     python -m benchmarks.hosts --out benchmarks/results
+    python -m benchmarks.hosts --calls --out benchmarks/results      # counts of the DETRs' criteria instead of times
 
 detectron2 is not on PyPI: a checkout of it on PYTHONPATH.
 A row is one loss with its backward, down to the gradients of what the network gives. Both are run in turn, in one process;
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import detr
 from benchmarks.machine import describe
 from benchmarks.memory import MIB, peak_extra_bytes
 
@@ -189,6 +191,21 @@ def mmdet() -> Iterator[tuple[str, Step, Step]]:
     )
     yield f"mmdet RetinaHead, all losses and matching, 512x512, N={images}, A=9, K={classes}", theirs, ours
 
+    from mmdet.models.losses import QualityFocalLoss, VarifocalLoss
+
+    from fastfocal.compat.mmdet import FastQualityFocalLoss, FastVarifocalLoss
+
+    rows = images * sum(h * w for h, w in CELLS)
+    pred, label = (torch.randn(rows, classes) - 3).requires_grad_(), labels((rows,), classes, classes)
+    score = torch.rand(rows) * (label < classes)
+    dense = nn.functional.one_hot(label, classes + 1)[:, :classes] * score.unsqueeze(1)
+    for stock, fast, target in (
+        (QualityFocalLoss, FastQualityFocalLoss, (label, score)),
+        (VarifocalLoss, FastVarifocalLoss, dense),
+    ):
+        theirs, ours = (step([pred], kind(), pred, target) for kind in (stock, fast))
+        yield f"mmdet {stock.__name__}, the function alone, 512x512, N={images}, A=1, K={classes}", theirs, ours
+
 
 def transformers() -> Iterator[tuple[str, Step, Step]]:
     from transformers.loss.loss_for_object_detection import sigmoid_focal_loss
@@ -201,25 +218,20 @@ def transformers() -> Iterator[tuple[str, Step, Step]]:
         theirs, ours = (step([logits], f, logits, targets, 12.0) for f in (sigmoid_focal_loss, mean_focal_loss))
         yield f"transformers sigmoid_focal_loss, N=2, {queries} queries, K=91", theirs, ours
 
-    from transformers import RTDetrConfig
-    from transformers.loss.loss_rt_detr import RTDetrLoss
+    yield from classification_of(detr.transformers)
 
-    from fastfocal.compat.transformers import varifocal_loss
 
-    images, queries, objects = 4, 300, 20
-    logits = (torch.randn(images, queries, 80) - 3).requires_grad_()
-    outputs = {"logits": logits, "pred_boxes": torch.rand(images, queries, 4)}
-    targets = [{"class_labels": torch.randint(80, (objects,)), "boxes": torch.rand(objects, 4)} for _ in range(images)]
-    indices = [(torch.randperm(queries)[:objects], torch.arange(objects)) for _ in range(images)]
-    criterion = RTDetrLoss(RTDetrConfig(num_labels=80))
+def classification_of(host: Callable[[], Iterator[detr.Case]]) -> Iterator[tuple[str, Step, Step]]:
+    """The classification losses of all decoder layers, the matches given; or the whole criterion."""
+    for found in host():
+        if found.stock_alone is None or found.our_alone is None:
+            yield f"{found.name}, whole criterion", *(step(found.leaves, s) for s in (found.stock, found.ours))
+        else:
+            yield f"{found.name}, classes", *(step(found.leaves, s) for s in (found.stock_alone, found.our_alone))
 
-    def loss_of(function: Callable[..., dict[str, Tensor]], *given: Any) -> Tensor:
-        return function(*given)["loss_vfl"]
 
-    given = (outputs, targets, indices, float(images * objects))
-    theirs = step([logits], loss_of, criterion.loss_labels_vfl, *given)
-    ours = step([logits], loss_of, varifocal_loss, criterion, *given)
-    yield f"transformers RTDetrLoss.loss_labels_vfl, N={images}, {queries} queries, K=80", theirs, ours
+def rfdetr() -> Iterator[tuple[str, Step, Step]]:
+    yield from classification_of(detr.rfdetr)
 
 
 def torchvision() -> Iterator[tuple[str, Step, Step]]:
@@ -278,6 +290,26 @@ def ultralytics() -> Iterator[tuple[str, Step, Step]]:
     yield "ultralytics FocalLoss, N=4, 300 queries, K=80", theirs, ours
     theirs, ours = (step([logits], loss(), logits, score, one_hot) for loss in (VarifocalLoss, FastVarifocalLoss))
     yield "ultralytics VarifocalLoss, N=4, 300 queries, K=80", theirs, ours
+    yield from classification_of(detr.ultralytics)
+
+    from fastfocal.compat.ultralytics import SummedBCE
+
+    logits = (torch.randn(4, 8400, 80) - 5).requires_grad_()
+    table = nn.functional.one_hot(labels((4, 8400), 80, 80), 81)[..., :-1] * torch.rand(4, 8400, 1)
+    entropy = nn.BCEWithLogitsLoss(reduction="none")
+    theirs, ours = step([logits], lambda: entropy(logits, table).sum()), step([logits], SummedBCE(), logits, table)
+    yield "ultralytics v8DetectionLoss's entropy, 640x640, N=4, K=80", theirs, ours
+
+
+def timm() -> Iterator[tuple[str, Step, Step]]:
+    from timm.loss import AsymmetricLossMultiLabel
+
+    from fastfocal.compat.timm import FastAsymmetricLossMultiLabel
+
+    logits, multi_hot = (torch.randn(64, 9605) - 3).requires_grad_(), (torch.rand(64, 9605) < 1e-3).float()
+    kinds = (AsymmetricLossMultiLabel, FastAsymmetricLossMultiLabel)
+    theirs, ours = (step([logits], kind(), logits, multi_hot) for kind in kinds)
+    yield "timm AsymmetricLossMultiLabel, N=64, K=9605", theirs, ours
 
 
 def measure(steps: tuple[Step, Step], seconds: float) -> tuple[list[float], list[float]]:
@@ -295,13 +327,35 @@ def measure(steps: tuple[Step, Step], seconds: float) -> tuple[list[float], list
     return [statistics.median(t) for t in times], memory
 
 
+def write_calls(out: Path | None) -> None:
+    packages = describe(torch.device("cpu"), "transformers", "rfdetr", "ultralytics")
+    lines = [
+        "# Operator calls and autograd nodes of the DETRs' criteria, stock and swapped",
+        "",
+        f"{packages} · `python -m benchmarks.hosts --calls`",
+        "",
+        f"{detr.IMAGES} images of {detr.OBJECTS} objects. Calls are of forward and backward, without views.",
+        "",
+    ]
+    for line in detr.table():
+        lines.append(line)
+        print(line, flush=True)
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "hosts_calls.md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hosts", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
+    parser.add_argument("--calls", action="store_true", help="counts of the DETRs' criteria, in hosts_calls.md")
     parser.add_argument("--out", type=Path, help="folder for hosts.md")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    packages = ("torchvision", "detectron2", "mmdet", "effdet", "transformers", "ultralytics")
+    if arguments.calls:
+        write_calls(arguments.out)
+        return
+    packages = ("torchvision", "detectron2", "mmdet", "effdet", "transformers", "rfdetr", "ultralytics", "timm")
     segmenters = ("segmentation-models-pytorch", "kornia", "monai")
     lines = [
         "# fastfocal.compat: loss and backward, the host's own and the swapped one",
@@ -312,7 +366,8 @@ def main() -> None:
         "| | host | fastfocal | faster | peak extra memory |",
         "|---|--:|--:|--:|--:|",
     ]
-    for rows in (torchvision, detectron2, mmdet, effdet, kuangliu, transformers, ultralytics, segmentation):
+    hosts = (torchvision, detectron2, mmdet, effdet, kuangliu, transformers, rfdetr, ultralytics, timm, segmentation)
+    for rows in hosts:
         package = {kuangliu: "torch", segmentation: "monai"}.get(rows, rows.__name__)
         if importlib.util.find_spec(package) is None:
             lines.append(f"| {rows.__name__}: not installed | | | | |")

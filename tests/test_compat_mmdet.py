@@ -1,40 +1,24 @@
-"""fastfocal.compat.mmdet against the real mmdet: its FocalLoss, and its RetinaHead, ATSSHead and FCOSHead.
+"""fastfocal.compat.mmdet against the real mmdet: its losses, and the dense heads around them.
 
-mmcv-lite will do: mmdet imports mmcv's compiled operators everywhere, but none is called here.
+mmcv-lite will do: mmdet imports mmcv's compiled operators everywhere, but none is called here. VFNetHead's deformable
+convolutions, which are among them, are plain ones here.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-import types
+from contextlib import nullcontext
 from typing import Any
 
+import mmcv_stub  # noqa: F401
 import pytest
 import torch
-from precision import Precision, check, every_precision
+from precision import PRECISIONS, Precision, check, every_precision
 from torch import Tensor, nn
 
-pytest.importorskip("mmcv")
-if importlib.util.find_spec("mmcv._ext") is None:
-
-    class Absent(types.ModuleType):
-        """Has every name, so that mmdet can be imported, and raises when one is called."""
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith("__"):
-                raise AttributeError(name)
-
-            def missing(*args: Any, **kwargs: Any) -> None:
-                raise RuntimeError(f"mmcv._ext.{name} is not there: this is mmcv-lite")
-
-            return missing
-
-    sys.modules["mmcv._ext"] = Absent("mmcv._ext")
 pytest.importorskip("mmdet", exc_type=Exception)
 
-from mmdet.models.losses import FocalLoss
+from mmdet.models.losses import FocalLoss, QualityFocalLoss, VarifocalLoss
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
@@ -173,6 +157,130 @@ def test_built_from_a_config() -> None:
     assert type(criterion) is compat.FastFocalLoss
 
 
+# --- losses with scores -----------------------------------------------------------------------------------------------
+
+
+def scored(form: str, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Any]:
+    """Logits (or probabilities, of the activated form) and targets: labels and scores, or a table of scores."""
+    pred, labels = single(False)
+    scores = torch.rand(60, generator=torch.Generator().manual_seed(5), dtype=torch.float64).where(
+        labels < CLASSES, 0.0
+    )
+    scores[:5] = 0.0  # of positives, too
+    pred = pred.detach().to(dtype)
+    if form.endswith("activated"):
+        pred = pred.sigmoid()
+    target: Any = labels, scores.to(dtype)
+    if not form.startswith("labels"):
+        target = nn.functional.one_hot(labels, CLASSES + 1)[:, :CLASSES] * scores.to(dtype).unsqueeze(1)
+    return pred.requires_grad_(), target
+
+
+SCORED_WEIGHTS = {
+    "QFL": {"none": None, "anchors": (60,)},
+    "VFL": {"none": None, "anchors": (60, 1), "elements": (60, CLASSES)},
+}
+SCORED_LOSSES: list[tuple[str, str, dict[str, Any]]] = [
+    *(("QFL", form, {"beta": beta}) for form in ("labels", "table") for beta in (2.0, 1.5)),
+    *(("QFL", form, {"beta": 2.0, "activated": True}) for form in ("labels, activated", "table, activated")),
+    ("VFL", "table", {"alpha": 0.75, "gamma": 2.0}),
+    ("VFL", "table", {"alpha": 0.5, "gamma": 1.5, "iou_weighted": False}),
+]
+KINDS: dict[str, tuple[Any, Any]] = {
+    "QFL": (QualityFocalLoss, compat.FastQualityFocalLoss),
+    "VFL": (VarifocalLoss, compat.FastVarifocalLoss),
+}
+
+
+@pytest.mark.parametrize("reduction, avg_factor", REDUCTIONS)
+@pytest.mark.parametrize(
+    "name, form, numbers, weights",
+    [(*case, weights) for case in SCORED_LOSSES for weights in SCORED_WEIGHTS[case[0]]],
+    ids=str,
+)
+def test_scored_losses(
+    name: str, form: str, numbers: dict[str, Any], weights: str, reduction: str, avg_factor: float | None
+) -> None:
+    """A positive of score 0 is a negative to both."""
+    pred, target = scored(form)
+    shape = SCORED_WEIGHTS[name][weights]
+    weight = None
+    if shape is not None:
+        weight = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = []
+    for kind in KINDS[name]:
+        criterion = kind(loss_weight=2.0, **numbers)
+        loss = criterion(pred, target, weight, avg_factor=avg_factor, reduction_override=reduction)
+        found.append((loss, torch.autograd.grad(loss.sum(), pred)[0]))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=DOUBLE, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "reduction, avg_factor", [("mean", None), ("mean", torch.tensor(12.0)), ("none", None), ("sum", None)]
+)
+@pytest.mark.parametrize("name, form, numbers", [SCORED_LOSSES[0], SCORED_LOSSES[2], SCORED_LOSSES[-2]], ids=str)
+@every_precision
+def test_precision_of_the_scored_losses(
+    precision: Precision, name: str, form: str, numbers: dict[str, Any], reduction: str, avg_factor: Any
+) -> None:
+    """Scores of few bits, so that 16 have them. mmdet's own dtype, where it runs."""
+    pred, target = scored(form)
+    pred = 4 * pred.detach() + 4
+    few_bits = lambda t: (t * 8).round() / 8  # noqa: E731
+    target = (target[0], few_bits(target[1])) if isinstance(target, tuple) else few_bits(target)
+
+    def of(kind: Any, exact: bool = False) -> Any:
+        def loss(x: Tensor) -> Tensor:
+            given = target
+            if not exact:
+                given = (target[0], target[1].to(x.dtype)) if isinstance(target, tuple) else target.to(x.dtype)
+            factor = 12.0 if exact and avg_factor is not None else avg_factor
+            found: Tensor = kind(loss_weight=2.0, **numbers)(x, given, avg_factor=factor, reduction_override=reduction)
+            return found
+
+        return loss
+
+    stock, fast = KINDS[name]
+    expected: Any = of(stock)
+    try:
+        with precision.context():
+            expected(pred.to(precision.logits))
+    except RuntimeError as error:  # float32 of autocast into 16 bits
+        assert "Index put requires" in str(error)
+        expected = torch.float32
+    # A float32 s - p, whose power is the factor of a positive, cancels.
+    check(of(fast), expected, of(stock, exact=True), pred, precision, relative=3e-6, absolute=1e-6)
+
+
+@pytest.mark.parametrize("label", [CLASSES + 1, -1, 100])
+def test_an_anchor_label_that_is_none_of_a_scored_loss(label: int) -> None:
+    """Background, to mmdet."""
+    pred, (labels, scores) = scored("labels")
+    labels[3] = label
+    with pytest.raises(ValueError, match=rf"label {label} at \[3\] .*; expected one of the classes 0\.\.{CLASSES - 1}"):
+        compat.FastQualityFocalLoss()(pred, (labels, scores))
+
+
+def test_what_the_scored_losses_leave_to_mmdet() -> None:
+    """Targets of more dimensions, and weights that mmdet broadcasts."""
+    pred, table = torch.randn(4, CLASSES, 3), torch.rand(4, CLASSES, 3)
+    assert torch.equal(compat.FastQualityFocalLoss()(pred, table), QualityFocalLoss()(pred, table))
+    square, scores, weight = torch.randn(CLASSES, CLASSES), torch.rand(CLASSES, CLASSES), torch.rand(CLASSES)
+    assert torch.equal(compat.FastVarifocalLoss()(square, scores, weight), VarifocalLoss()(square, scores, weight))
+
+
+@pytest.mark.parametrize("name", ["QualityFocalLoss", "VarifocalLoss"])
+def test_scored_losses_built_from_a_config(name: str) -> None:
+    criterion = MODELS.build({"type": f"Fast{name}", "use_sigmoid": True, "loss_weight": 1.0})
+    assert type(criterion) is getattr(compat, f"Fast{name}")
+    pred, target = scored("labels" if name == "QualityFocalLoss" else "table")
+    with pytest.raises(ValueError, match="avg_factor can not be used with reduction"):
+        criterion(pred, target, avg_factor=3.0, reduction_override="sum")
+    with pytest.raises(ValueError, match="reduction_override: expected 'none', 'mean', 'sum' or None, got 'median'"):
+        criterion(pred, target, reduction_override="median")
+
+
 # --- heads ------------------------------------------------------------------------------------------------------------
 
 ANCHORS = {"type": "AnchorGenerator", "strides": list(STRIDES), "ratios": [1.0]}
@@ -212,13 +320,73 @@ HEADS: dict[str, dict[str, Any]] = {
         "regress_ranges": ((-1, 32), (32, 64), (64, 1e8)),
         "norm_cfg": None,
     },
+    "gfl": {
+        "type": "GFLHead",
+        "anchor_generator": {**ANCHORS, "octave_base_scale": 8, "scales_per_octave": 1},
+        "loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 2.0, "loss_weight": 1.5},
+        "loss_bbox": {"type": "GIoULoss", "loss_weight": 2.0},
+        "train_cfg": training({"type": "ATSSAssigner", "topk": 9}),
+    },
+    "gfl, heavier positives": {
+        "type": "GFLHead",
+        "anchor_generator": {**ANCHORS, "octave_base_scale": 8, "scales_per_octave": 1},
+        "loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 1.5, "loss_weight": 1.0},
+        "loss_bbox": {"type": "GIoULoss", "loss_weight": 2.0},
+        "train_cfg": training({"type": "ATSSAssigner", "topk": 9}, pos_weight=3.0),
+    },
+    **{
+        name: {
+            "type": kind,
+            "anchor_generator": {"type": "MlvlPointGenerator", "offset": 0, "strides": list(STRIDES)},
+            "bbox_coder": {"type": "DistancePointBBoxCoder"},
+            "loss_cls": {"type": "QualityFocalLoss", "use_sigmoid": True, "beta": 2.0, "loss_weight": 1.5},
+            "loss_bbox": {"type": "GIoULoss", "loss_weight": 2.0},
+            "with_objectness": objectness,
+            "train_cfg": training({"type": "DynamicSoftLabelAssigner", "topk": 13}),
+        }
+        for name, kind, objectness in (
+            ("rtmdet", "RTMDetHead", False),
+            ("rtmdet, objectness", "RTMDetHead", True),
+            ("rtmdet, norms of each level", "RTMDetSepBNHead", False),
+        )
+    },
+    "vfnet": {
+        "type": "VFNetHead",
+        "regress_ranges": ((-1, 32), (32, 64), (64, 1e8)),
+        "strides": list(STRIDES),
+        "norm_cfg": None,
+        "anchor_generator": {**ANCHORS, "octave_base_scale": 8, "scales_per_octave": 1, "center_offset": 0.0},
+        "loss_cls": {"type": "VarifocalLoss", "use_sigmoid": True, "alpha": 0.75, "gamma": 2.0, "loss_weight": 1.5},
+        "train_cfg": training({"type": "ATSSAssigner", "topk": 9}),
+    },
+    "vfnet, points": {
+        "type": "VFNetHead",
+        "regress_ranges": ((-1, 32), (32, 64), (64, 1e8)),
+        "strides": list(STRIDES),
+        "norm_cfg": None,
+        "use_atss": False,
+        "anchor_generator": {**ANCHORS, "octave_base_scale": 8, "scales_per_octave": 1, "center_offset": 0.0},
+        "sync_num_pos": False,
+        "loss_cls": {"type": "VarifocalLoss", "use_sigmoid": True, "iou_weighted": False, "loss_weight": 1.0},
+        "train_cfg": training({"type": "ATSSAssigner", "topk": 9}),
+    },
 }
+
+
+class Plain(nn.Conv2d):
+    """A convolution in place of a deformable one, which mmcv-lite has not."""
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        return super().forward(x) + offset.mean()
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     config = {**COMMON, "loss_cls": LOSS, **HEADS[name]}
     head: nn.Module = MODELS.build(ConfigDict(config))
+    for part in ("vfnet_reg_refine_dconv", "vfnet_cls_dconv"):
+        if hasattr(head, part):
+            setattr(head, part, Plain(WIDTH, WIDTH, 3, padding=1))
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -228,6 +396,10 @@ def build(name: str) -> nn.Module:
 @pytest.fixture(params=HEADS)
 def head(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
+
+
+# A scored head's targets depend on its outputs' precision.
+WITHOUT_SCORES = ["retina", "retina, heavier positives", "atss", "fcos"]
 
 
 METAS = [{"img_shape": (128, 160), "pad_shape": (128, 160), "scale_factor": (1.0, 1.0)}] * 2
@@ -277,10 +449,50 @@ def test_same_losses_and_gradients(head: nn.Module) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6 * largest)
 
 
+def dtypes(found: dict[str, Any]) -> dict[str, Any]:
+    return {n: [v.dtype for v in (x if isinstance(x, (list, tuple)) else [x])] for n, x in found.items()}
+
+
+def levels_of(loss: Any) -> list[Tensor]:
+    return list(loss) if isinstance(loss, (list, tuple)) else [loss]
+
+
 @pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("name", [name for name in HEADS if name not in WITHOUT_SCORES])
 @every_precision
-def test_precision_of_the_heads(head: nn.Module, precision: Precision, empty: bool) -> None:
+def test_precision_of_the_scored_heads(precision: Precision, name: str, empty: bool) -> None:
+    """mmdet puts float32 losses of positives, or scores, into tensors of 16 bits, which is an error; where it runs, its dtype.
+
+    The value is that of the same outputs in float32: a scored head's targets depend on its outputs.
+    """
+    gt, losses = objects([], []) if empty else objects(), {}
+    for kind in ("stock", "ours", "float32"):
+        head = build(name).to(precision.logits)
+        with precision.context():
+            outputs = head(tuple(draw_features(precision.logits)))
+        if kind == "float32":
+            head, outputs = head.float(), tuple([x.float() for x in o] for o in outputs)
+        elif kind == "ours":
+            compat.accelerate(head)
+        try:
+            with nullcontext() if kind == "float32" else precision.context():
+                losses[kind] = head.loss_by_feat(*outputs, gt, METAS)
+        except RuntimeError as error:
+            assert kind == "stock" and "Index put requires" in str(error) and precision != PRECISIONS[2]
+    if "stock" in losses:
+        assert dtypes(losses["ours"]) == dtypes(losses["stock"])
+    for mine, true in zip(*(levels_of(losses[kind]["loss_cls"]) for kind in ("ours", "float32")), strict=True):
+        # Boxes, whose overlap is the score, are decoded in 16 bits, where mmdet does not cast them.
+        boxes = 0.05 if mine.dtype.itemsize == 2 or precision.logits.itemsize == 2 or precision.autocast else 0.0
+        torch.testing.assert_close(mine.float(), true, rtol=1e-5 + boxes, atol=0)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("name", WITHOUT_SCORES)
+@every_precision
+def test_precision_of_the_heads(name: str, precision: Precision, empty: bool) -> None:
     """Each loss has mmdet's dtype, which may depend on whether there are objects; a large sum has its value, from float64."""
+    head = build(name)
     with torch.no_grad():
         for name, bias in head.named_parameters():
             if name.endswith("_cls.bias"):
@@ -297,9 +509,6 @@ def test_precision_of_the_heads(head: nn.Module, precision: Precision, empty: bo
         scale = 1024 if precision.logits == torch.float16 else 65536
         gradients.append(torch.autograd.grad(total * scale, outputs[0]))
     stock, ours = losses
-
-    def dtypes(found: dict[str, Any]) -> dict[str, Any]:
-        return {n: [v.dtype for v in (x if isinstance(x, list) else [x])] for n, x in found.items()}
 
     assert dtypes(ours) == dtypes(stock)
     compat.restore(head).double()
@@ -344,7 +553,7 @@ def test_one_node_for_all_levels(head: nn.Module) -> None:
     losses, _ = step(compat.accelerate(head))
     loss = losses["loss_cls"]
     node = (loss[0] if isinstance(loss, list) else loss).grad_fn
-    while type(node).__name__ != "PyramidLossFunctionBackward":
+    while getattr(type(node), "_forward_cls", type(node)).__module__ != "fastfocal.autograd":
         node = node.next_functions[0][0]
     assert len([f for f, _ in node.next_functions if f is not None]) == len(STRIDES)
 
@@ -371,10 +580,104 @@ def test_some_anchors_are_ignored() -> None:
     assert (torch.cat(seen) == 0).any()
 
 
+def test_two_heads_that_were_swapped_are_built_again(head: nn.Module) -> None:
+    """By name, as a config with the losses registered here has them."""
+    loss = getattr(compat, f"Fast{type(head.loss_cls).__name__}")
+    stock, _ = step(copy.deepcopy(head))
+    head.loss_cls.__class__ = loss
+    for found in (step(copy.deepcopy(head))[0], step(compat.accelerate(head))[0]):
+        for name in stock:
+            assert_same(found[name], stock[name], 1e-5)
+
+
+# --- heatmaps ---------------------------------------------------------------------------------------------------------
+
+HEATMAPS = [{"batch_input_shape": (128, 160), "img_shape": (128, 160), "border": (0, 0, 0, 0)}] * 2
+
+
+def centernet(**loss: Any) -> nn.Module:
+    torch.manual_seed(0)
+    given = {"type": "GaussianFocalLoss", "loss_weight": 1.5, **loss}
+    sizes = {"in_channels": WIDTH, "feat_channels": WIDTH, "num_classes": CLASSES}
+    test = {"topk": 10, "local_maximum_kernel": 3, "max_per_img": 10}
+    head: nn.Module = MODELS.build(ConfigDict(type="CenterNetHead", loss_center_heatmap=given, test_cfg=test, **sizes))
+    return head
+
+
+def heatmap_step(head: nn.Module, gt: list[InstanceData], dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
+    feature = draw_features(dtype)[0]
+    head.zero_grad()
+    losses = head.loss_by_feat(*head((feature,)), gt, HEATMAPS)
+    sum(losses.values()).backward()
+    return losses, [feature.grad, *(p.grad.clone() for p in head.parameters())]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("weights", [{}, {"pos_weight": 0.5, "neg_weight": 2.0}], ids=str)
+@pytest.mark.parametrize("alpha, gamma", [(2.0, 4.0), (1.5, 3.0)])
+def test_centernet(alpha: float, gamma: float, weights: dict[str, float], training: bool, empty: bool) -> None:
+    """In evaluation its outputs are probabilities, and so is what it trains from."""
+    gt = objects([], []) if empty else objects()
+    for image in gt:
+        image.bboxes = image.bboxes.double()  # whose dtype the heatmap has
+    head = centernet(alpha=alpha, gamma=gamma, **weights).double().train(training)
+    before = list(head.state_dict())
+    stock, expected = heatmap_step(head, gt, torch.float64)
+    ours, gradients = heatmap_step(compat.accelerate(head), gt, torch.float64)
+    assert list(ours) == list(stock) and list(head.state_dict()) == before
+    assert type(head) is compat.FastCenterNetHead
+    for name, loss in stock.items():
+        torch.testing.assert_close(ours[name], loss, rtol=DOUBLE, atol=0)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)  # the 1e-12 in mmdet's logarithms
+    again, _ = heatmap_step(compat.restore(head), gt, torch.float64)
+    assert all(torch.equal(again[name], loss) for name, loss in stock.items())
+
+
+def test_what_centernet_predicts() -> None:
+    """The same boxes and probabilities, in evaluation and in training."""
+    head = centernet()
+    feature = draw_features()[0].detach()
+
+    def predicted(head: nn.Module) -> list[InstanceData]:
+        found: list[InstanceData] = head.predict_by_feat(*head((feature,)), HEATMAPS, rescale=False)
+        return found
+
+    stock = predicted(head.eval())
+    compat.accelerate(head)
+    for found in (predicted(head.eval()), predicted(head.train())):
+        for mine, theirs in zip(found, stock, strict=True):
+            assert torch.equal(mine.scores, theirs.scores) and torch.equal(mine.bboxes, theirs.bboxes)
+
+
+def test_a_certain_heatmap() -> None:
+    """From a logit of 17, mmdet's float32 log(1 - p + 1e-12) stops at 27.6; here it is that of the logit."""
+    head = compat.accelerate(centernet())
+    outputs = [[x.detach()] for (x,) in head((draw_features()[0],))]
+    outputs[0][0].fill_(-40.0)
+    outputs[0][0][1, 2, 3, 4] = 40.0
+    loss = head.loss_by_feat(*outputs, objects([], []), HEATMAPS)["loss_center_heatmap"]
+    torch.testing.assert_close(loss, torch.tensor(40.0 * 1.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("label", [CLASSES, -1])
+def test_an_object_label_that_is_no_class_of_centernet(label: int) -> None:
+    head = compat.accelerate(centernet())
+    with pytest.raises(
+        ValueError, match=rf"gt_instances\.labels: image 0, object 1 has label {label}; expected one of"
+    ):
+        heatmap_step(head, objects([3, label], []), torch.float32)
+
+
 def test_errors() -> None:
     with pytest.raises(ValueError, match="found none in a Linear"):
         compat.accelerate(nn.Linear(1, 1))
     head = build("retina")
     head.loss_cls = nn.CrossEntropyLoss()
     with pytest.raises(ValueError, match=r"RetinaHead\.loss_cls: expected mmdet's FocalLoss on logits"):
+        compat.accelerate(head)
+    head = build("gfl")
+    head.loss_cls.activated = True
+    with pytest.raises(ValueError, match=r"GFLHead\.loss_cls: expected mmdet's QualityFocalLoss on logits"):
         compat.accelerate(head)

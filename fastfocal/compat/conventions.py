@@ -85,6 +85,13 @@ def _raise_where(wrong: Tensor, name: str, labels: Tensor, place: Callable[[int]
         raise ValueError(f"{name}: {place(index)} has label {labels[index].item()}; expected {expected}")
 
 
+def over(loss: Tensor, divisor: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """Their quotient, in the dtype of a division of a 0-d tensor of `dtype`: rounded once."""
+    if isinstance(divisor, Tensor) and divisor.is_floating_point():
+        dtype = divisor.dtype if divisor.dim() > 0 else torch.promote_types(dtype, divisor.dtype)
+    return (loss / divisor).to(dtype)
+
+
 def labels_of_matches(
     matches: Sequence[Tensor], classes: Sequence[Tensor], num_classes: int, ignored: int | None = None
 ) -> Tensor:
