@@ -24,7 +24,7 @@ struct Asymmetric {
   Focal<S, Gamma::kAny, false, kAccuracy> of_positive, of_negative;  // with kAny, the latter without a clip
   Multiple<S> multiple;                                              // of log(m), with both
   S gamma_pos, gamma_neg;  // of the gradient: 0 where the powers count as constants
-  S clip, clip_rest;
+  S clip;
 
   static constexpr LossParameter kParameters[] = {{"gamma_pos", ParameterRange::kNonnegative},
                                                   {"gamma_neg", ParameterRange::kNonnegative},
@@ -39,8 +39,7 @@ struct Asymmetric {
         multiple(params.value[1]),
         gamma_pos(params.value[3] != 0 ? S(0) : S(clamp_max(params.value[0], 1e30))),
         gamma_neg(params.value[3] != 0 ? S(0) : S(clamp_max(params.value[1], 1e30))),
-        clip(S(clamp_min(params.value[2], FLT_MIN))),  // with a reciprocal
-        clip_rest(S(clamp_min(params.value[2], FLT_MIN) - double(clip))) {}
+        clip(S(clamp_min(params.value[2], FLT_MIN))) {}
 
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x) const {
@@ -66,7 +65,7 @@ struct Asymmetric {
     const V p = select(left, er, r), q = select(left, r, er);
     V m, v, minus_log, ratio;  // ratio: p (1 - p) / v
     if constexpr (kClip) {
-      m = clamp_min((p - V(clip)) - V(clip_rest), zero);
+      m = clamp_min(p - V(clip), zero);
       v = clamp_max(q + V(clip), one);
       const V inverse = reciprocal(v);
       const V lost = select(v < V(S(0.5)), zero, (one - v) - m);
