@@ -219,30 +219,37 @@ inline LossKind checked_loss(int64_t loss) {
   return static_cast<LossKind>(loss);
 }
 
+inline const char* words_of(ParameterRange range) {
+  switch (range) {
+    case ParameterRange::kNonnegative:
+      return "a finite number >= 0";
+    case ParameterRange::kPositive:
+      return "a finite number > 0";
+    case ParameterRange::kUnit:
+      return "a number >= 0 and <= 1";
+    case ParameterRange::kFlag:
+      return "0 or 1";
+    case ParameterRange::kFinite:
+    default:
+      return "a finite number";
+  }
+}
+
 // The numbers of the loss' own, as many as it has and each in its range.
 inline LossParams checked_loss_parameters(LossKind kind, const std::vector<double>& values) {
   LossParams params = {kind, {}};
-  with_loss<float, Path::kParameters>(params, [&](auto loss) {
-    const auto& rules = type_of<decltype(loss)>::kParameters;
-    constexpr size_t kCount = sizeof(rules) / sizeof(rules[0]);
-    static_assert(kCount <= kMaxLossParameters, "LossParams holds them");
-    FASTFOCAL_CHECK(values.size() == kCount, "loss_parameters: expected ", kCount, " numbers for loss ",
-                    static_cast<int64_t>(kind), ", got ", values.size());
-    for (size_t i = 0; i < kCount; ++i) {
-      const double x = params.value[i] = values[i];
-      const ParameterRange range = rules[i].range;
-      const bool inside = x >= -DBL_MAX && x <= DBL_MAX && (range == ParameterRange::kFinite || x >= 0) &&
-                          (range != ParameterRange::kPositive || x > 0) && (range != ParameterRange::kUnit || x <= 1) &&
-                          (range != ParameterRange::kFlag || x == 0 || x == 1);
-      FASTFOCAL_CHECK(inside, "loss_parameters[", i, "]: expected ", rules[i].name, ", ",
-                      range == ParameterRange::kFlag       ? "0 or 1"
-                      : range == ParameterRange::kUnit     ? "a number >= 0 and <= 1"
-                      : range == ParameterRange::kPositive ? "a finite number > 0"
-                      : range == ParameterRange::kFinite   ? "a finite number"
-                                                           : "a finite number >= 0",
-                      ", got ", x);
-    }
-  });
+  const LossFacts facts = facts_of(kind);
+  FASTFOCAL_CHECK(values.size() == facts.count, "loss_parameters: expected ", facts.count, " numbers for loss ",
+                  static_cast<int64_t>(kind), ", got ", values.size());
+  for (size_t i = 0; i < facts.count; ++i) {
+    const double x = params.value[i] = values[i];
+    const ParameterRange range = facts.parameters[i].range;
+    const bool inside = x >= -DBL_MAX && x <= DBL_MAX && (range == ParameterRange::kFinite || x >= 0) &&
+                        (range != ParameterRange::kPositive || x > 0) && (range != ParameterRange::kUnit || x <= 1) &&
+                        (range != ParameterRange::kFlag || x == 0 || x == 1);
+    FASTFOCAL_CHECK(inside, "loss_parameters[", i, "]: expected ", facts.parameters[i].name, ", ", words_of(range), ", got ",
+                    x);
+  }
   return params;
 }
 

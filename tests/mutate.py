@@ -31,13 +31,13 @@ TREE = WORK / "tree"
 TIMEOUT = 900  # seconds; an endless loop is noticed by it
 
 KERNEL_TESTS = ["edges", "kernels", "options", "formula", "grad_modes", "star", "labels", "detached_factor", "determinism",
-                "operator_checks", "errors", "properties", "fuzz"]  # fmt: skip
+                "operator_checks", "errors", "properties", "scores", "fuzz"]  # fmt: skip
 PYTHON_TESTS = ["errors", "module", "edges", "options", "grad_modes", "autograd", "torchvision_function", "star", "labels",
                 "detached_factor", "properties", "fuzz", "bad_input", "compile"]  # fmt: skip
 # Files compiled once for each instruction set.
 BY_INSTRUCTION_SET = ("vec.h", "avx512.h", "avx2.h", "portable.h", "vec_math.h", "tiles.h", "tile_fast.h", "tile_dense.h",
-                      "tile_generic.h", "pack_chunk.h", "packed_labels.h", "elementary.h", "loss.h", "focal.h", "focal_star.h",
-                      "half.h")  # fmt: skip
+                      "tile_generic.h", "pack_chunk.h", "packed_labels.h", "elementary.h", "half.h",
+                      *(path.name for path in (ROOT / "csrc" / "losses").glob("*.h")))  # fmt: skip
 
 
 @dataclass(frozen=True)

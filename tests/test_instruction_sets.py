@@ -12,10 +12,13 @@ import test_formula
 import test_grad_modes
 import test_kernels
 import test_options
+import test_scores
 import torch
-from cases import FOUR_D, SIXTEEN_BIT, THREE_D, TWO_D, Backend, run
+from cases import FOUR_D, SIXTEEN_BIT, THREE_D, TWO_D, Backend, Size, run
 from cpu_isas import build
 from watch import Recorder
+
+from fastfocal import ops
 
 EMULATED = build.capability() != "AVX512"
 INSTRUCTION_SETS = [
@@ -207,3 +210,67 @@ def test_ignored_under_an_infinite_weight(
 
 def test_nan_stays_where_it_is(backend: Backend, generator: torch.Generator) -> None:
     test_options.test_nan_stays_where_it_is(backend, generator)
+
+
+# --- scores and class masks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last", "offset"))
+@pytest.mark.parametrize("name", test_scores.LOSSES)
+def test_every_positive_meets_its_own_score(
+    backend: Backend, name: str, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    test_scores.test_every_positive_meets_its_own_score(backend, name, layout, dtype, generator)
+
+
+@pytest.mark.parametrize("positive", (0.02, 0.9))
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("size", (test_scores.WIDE, test_scores.SEGMENTS), ids=("tiles", "one_class"))
+def test_scores_in_every_size(
+    backend: Backend, size: Size, layout: str, positive: float, generator: torch.Generator
+) -> None:
+    test_scores.test_sizes(backend, "matchability_aware", size, layout, positive, generator)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_scores_beside_anchor_weights(
+    backend: Backend, layout: str, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    test_scores.test_beside_anchor_weights(backend, "quality_focal", layout, dtype, generator)
+
+
+@pytest.mark.parametrize("weighted", (False, True), ids=("dense", "generic"))
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_scores_as_soft_targets(
+    backend: Backend, dtype: torch.dtype, weighted: bool, generator: torch.Generator
+) -> None:
+    test_scores.test_scores_as_soft_targets(backend, "varifocal", "contiguous", dtype, weighted, generator)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+def test_the_sum_of_scores(backend: Backend, layout: str, generator: torch.Generator) -> None:
+    test_scores.test_the_sum_of_scores(backend, test_scores.WIDE, layout, torch.float32, generator)
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_masks(backend: Backend, dtype: torch.dtype, layout: str, generator: torch.Generator) -> None:
+    test_scores.test_masks_in_every_size(backend, layout, test_scores.WIDE, dtype, ops.SUM, generator)
+
+
+@pytest.mark.parametrize("name", ("losses", "gradients"))
+def test_dense_targets_and_tails(backend: Backend, name: str, generator: torch.Generator) -> None:
+    """Every number of elements up to three of the widest vectors, in 16 bits: they go through copies of them in float32."""
+    for elements in range(1, 49):
+        x = torch.randn(1, elements, 1, generator=generator).bfloat16()
+        y = torch.rand(1, elements, 1, generator=generator).bfloat16()
+        found = dict(zip(("losses", "gradients"), run([x], [y], num_classes=1, normalizer=1.0), strict=True))
+        wide = dict(
+            zip(("losses", "gradients"), run([x.float()], [y.float()], num_classes=1, normalizer=1.0), strict=True)
+        )
+        if name == "losses":
+            assert found[name].item() == pytest.approx(wide[name].item(), rel=1e-6)  # the same numbers in float32
+        else:
+            assert torch.equal(found[name][0], wide[name][0].bfloat16())

@@ -1,7 +1,7 @@
 // All losses with the focal loss's negative and a positive that reads a score, as one: which of them is decided at run time.
 //
-// Their kernels differ in nothing but the rare positives, so they share one for each kind of exponent: five losses compile in the
-// time of one. The struct of the positive is made where it is used; that is a dozen operations on a few numbers.
+// Their kernels differ in nothing but the rare positives, so they share one for each kind of exponent: four losses compile in the
+// time of little more than one. The struct of the positive is made where it is used; that is a dozen operations on a few numbers.
 #pragma once
 
 #include "iou_aware_bce.h"

@@ -46,7 +46,7 @@ struct Checked : CheckedLogits {
       check_operand({"packed_labels"}, *options.packed_labels, first, label, anchors);
     }
     if (options.scores) {
-      FASTFOCAL_CHECK(reads_scores(loss), "scores: expected none, as loss ", static_cast<int64_t>(loss.kind),
+      FASTFOCAL_CHECK(facts_of(loss.kind).reads_scores, "scores: expected none, as loss ", static_cast<int64_t>(loss.kind),
                       " does not read them");
       FASTFOCAL_CHECK(!soft, "scores: expected none beside soft_targets");
       check_operand({"scores"}, *options.scores, first, accumulation, anchors);
