@@ -146,6 +146,12 @@ inline void check_elementwise(const Argument& name, const Facts& t, const Facts&
   check_memory(name, t, first);
 }
 
+// The same of a loss that takes an anchor's classes together: one number for each anchor, in the caller's order.
+inline void check_anchorwise(const Argument& name, const Tensor& tensor, const Facts& level, const Facts& first,
+                             int64_t anchors) {
+  check_operand(name, tensor, first, level.dtype, anchors);
+}
+
 // No two of the call's tensors share memory, where one of the two is written.
 class Apart {
  public:

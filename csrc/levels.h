@@ -148,4 +148,50 @@ struct TileMap {
   }
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles of whole anchors, for a loss that takes an anchor's classes together: a run of anchors as the labels are numbered, and
+// class first of one anchor shape, whose cells they are. As many as make up kTileLogits; many classes make larger tiles.
+
+constexpr int kMostAnchors = 512;  // of a tile
+constexpr int kLeastCells = 64;    // class first: whole cache lines of each plane
+
+struct AnchorTile {
+  int32_t level;
+  int64_t image;
+  int64_t begin, end;  // anchors of the image
+};
+
+FASTFOCAL_HD int64_t anchors_per_tile(int64_t classes, Layout layout) {
+  const bool rows = layout == Layout::kClassLast;
+  const int64_t unit = rows ? 1 : kLeastCells, n = kTileLogits / classes / unit * unit;
+  return n < unit ? unit : n > kMostAnchors ? kMostAnchors : n;
+}
+
+// Of the run that a tile may not leave: an image's anchors, or the cells of one anchor shape.
+FASTFOCAL_HD int64_t run_of_anchors(const Level& level) {
+  return level.layout == Layout::kClassLast ? level.anchors : int64_t(level.cells.divisor);
+}
+
+inline int64_t anchor_tiles_per_image(const Level& level, int64_t classes) {
+  if (level.anchors == 0) return 0;
+  const int64_t run = run_of_anchors(level), n = anchors_per_tile(classes, level.layout);
+  return level.anchors / run * ((run + n - 1) / n);
+}
+
+FASTFOCAL_HD AnchorTile anchor_tile_at(const Levels& levels, int64_t index) {
+  const Piece piece = piece_at(levels.count, [&](int l) { return levels.level[l].tiles; }, index);
+  const Level& level = levels.level[piece.level];
+  const int64_t run = run_of_anchors(level), n = anchors_per_tile(levels.classes.divisor, level.layout);
+  const int64_t per_run = (run + n - 1) / n, which = piece.index / per_run;
+  const int64_t base = which * run, begin = (piece.index - which * per_run) * n, end = begin + n;
+  return {piece.level, piece.image, base + begin, base + (end < run ? end : run)};
+}
+
+// Where an anchor's own number lies, its loss or the gradient that comes in for it: in the caller's order, (h, w, a).
+FASTFOCAL_HD int64_t anchor_position(const Level& level, int64_t anchor) {
+  if (level.layout == Layout::kClassLast) return anchor;
+  const int64_t cells = level.cells.divisor, a = anchor / cells;
+  return (anchor - a * cells) * (level.anchors / cells) + a;
+}
+
 }  // namespace fastfocal

@@ -11,17 +11,30 @@ constexpr int kBackground = -1;
 constexpr int kIgnored = -2;
 constexpr int64_t kInvalid = -3;  // of a label that is none of the three kinds; never stored
 
-// The caller's convention: with background 0 the classes are the labels 1..K, else 0..K-1.
+// The caller's convention: with background 0 the classes are the labels 1..K, else 0..K-1. Where the background is a class, or
+// there is none, they are 0..K-1, and what is packed is only not counted as positive.
 struct LabelRule {
-  int64_t classes, background, ignore;
+  int64_t classes;
+  int64_t first;       // the label of the first class
+  int64_t background;  // the label that is no class; ignore where there is none such
+  int64_t ignore;
+  int64_t uncounted;  // the class that is not positive; kBackground: each one is
 };
 
+inline LabelRule label_rule(int64_t classes, int64_t background, int64_t ignore, bool background_is_class) {
+  if (!background_is_class) return {classes, background == 0 ? 1 : 0, background, ignore, kBackground};
+  const bool given = background >= 0 && background < classes;
+  return {classes, 0, ignore, ignore, given ? background : kBackground};
+}
+
 FASTFOCAL_HD int64_t packed_label(const LabelRule& rule, int64_t label) {
-  const uint64_t k = uint64_t(label) - (rule.background == 0 ? 1 : 0);  // below 0 it wraps beyond every class
+  const uint64_t k = uint64_t(label) - uint64_t(rule.first);  // below 0 it wraps beyond every class
   int64_t packed = k < uint64_t(rule.classes) ? int64_t(k) : kInvalid;
   packed = label == rule.background ? kBackground : packed;
   return label == rule.ignore ? kIgnored : packed;
 }
+
+FASTFOCAL_HD bool is_positive(const LabelRule& rule, int64_t packed) { return packed >= 0 && packed != rule.uncounted; }
 
 constexpr int kChunkAnchors = 4096;  // labels are packed in chunks, which never leave an image
 

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from fastfocal import ops
 from fastfocal.ops import OperatorOptions
-from fastfocal.registration import NO_SECOND_DERIVATIVE, in_order_of, refuse_batched, times
+from fastfocal.registration import NO_SECOND_DERIVATIVE, in_order_of, of_each_logit, refuse_batched, times
 from fastfocal.saved import describe, has_hooks, restore
 
 # Within it operators are called past their own derivative, which costs some microseconds and is not wanted here.
@@ -79,7 +79,7 @@ class PyramidLossFunction(torch.autograd.Function):
             # All that may fail comes before the first write.
             empty = dense[0].new_empty(0)
             saved = [t.detach() if need else empty for t, need in zip(dense, needs_grad, strict=True)]
-            losses = ops.new_losses(dense, options.reduction)
+            losses = ops.new_losses(dense, options)
             with below_autograd():
                 ops.pyramid_loss_(dense, losses, options, needs_grad)
         else:
@@ -90,7 +90,8 @@ class PyramidLossFunction(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         # Gradients in other memory are the same gradients; what is read together has to lie as it did.
         kept = describe(saved, hooked) if hooked or mode == "recompute" else None
-        ctx.kept = mode, options.reduction, needs_grad, copied, hooked, kept
+        per_anchor = options.num_classes if options.takes_anchors and options.reduction == ops.NONE else None
+        ctx.kept = mode, options.reduction, per_anchor, needs_grad, copied, hooked, kept
         return tuple(losses)
 
     @staticmethod
@@ -99,13 +100,14 @@ class PyramidLossFunction(torch.autograd.Function):
             raise RuntimeError(NO_SECOND_DERIVATIVE)
         if not is_compiling():
             refuse_batched(grad_outputs[0])
-        mode, reduction, needs_grad, copied, hooked, kept = ctx.kept
+        mode, reduction, per_anchor, needs_grad, copied, hooked, kept = ctx.kept
         gradients = list(ctx.saved_tensors) if kept is None else restore(ctx.saved_tensors, kept)
         if mode == "recompute":
             gradients = recomputed(gradients, grad_outputs, needs_grad, ctx.options)
         elif reduction == ops.NONE:
             gradients = [
-                times(t, g) if need else t for t, g, need in zip(gradients, grad_outputs, needs_grad, strict=True)
+                times(t, g if per_anchor is None else of_each_logit(g, t, per_anchor)) if need else t
+                for t, g, need in zip(gradients, grad_outputs, needs_grad, strict=True)
             ]
         elif hooked or graph_is_kept():
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
@@ -135,7 +137,7 @@ def recomputed(
         numbers = [g.as_strided((), ()) if g.numel() else g.new_zeros(()) for g in grad_outputs]
         incoming = [torch.stack(numbers).to(ops.accumulation_dtype(dense[0].dtype))]
     else:  # the kernel reads them in the logits' order
-        incoming = [in_order_of(t, g) for g, t in zip(grad_outputs, dense, strict=True)]
+        incoming = [in_order_of(t, g, options) for g, t in zip(grad_outputs, dense, strict=True)]
     with below_autograd():
         return ops.pyramid_loss_backward(incoming, dense, options, needs_grad)
 

@@ -209,6 +209,23 @@ def label_indices(background_index: int | None, ignore_index: int, num_classes: 
     return background
 
 
+NO_BACKGROUND = -1  # as pack_labels takes it where the background would be a class
+
+
+def background_class(background_index: int | None, ignore_index: int, num_classes: int) -> int:
+    """Of a loss whose background is a class like others: returns it, or NO_BACKGROUND."""
+    if background_index is None:
+        return NO_BACKGROUND
+    if background_index == ignore_index:
+        raise ValueError(f"ignore_index: expected a label other than background_index, got {ignore_index} for both")
+    if not 0 <= background_index < num_classes:
+        raise ValueError(
+            f"background_index: expected one of the classes 0..{num_classes - 1}, as background is a class of its own here, or "
+            f"None where there is none, got {background_index}"
+        )
+    return background_index
+
+
 def level_weights(name: str, value: Any) -> list[float] | None:
     if value is None:
         return None

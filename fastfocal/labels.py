@@ -74,22 +74,23 @@ def numbers_of(t: Tensor) -> np.ndarray:
 
 
 def first_bad_label(
-    targets: list[Tensor], anchors: list[int], num_classes: int, background: int, ignored: int
+    targets: list[Tensor], anchors: list[int], num_classes: int, background: int | None, ignored: int
 ) -> tuple[int, int, tuple[int, ...], int] | None:
     """(level, image, position in the tensor that was given, the label) of the first label that is none of the three.
 
     targets: one tensor per level, or one over all levels, as the caller gave them.
+    background: None: the labels are classes or ignored.
     """
-    convention = Convention(background, ignored)
     first = 1 if background == 0 else 0
     ends = np.cumsum(anchors)
     for index, t in enumerate(targets):
         values = numbers_of(t)
-        fine = (values >= first) & (values < num_classes + first) | (values == background) | (values == ignored)
+        fine = (values >= first) & (values < num_classes + first) | (values == ignored)
+        if background is not None:
+            fine |= values == background
         if fine.all():
             continue
         at = tuple(int(i) for i in np.argwhere(~fine)[0])
-        assert meaning(int(values[at]), convention, num_classes) is None
         together = len(targets) == 1 and len(anchors) > 1
         level = int(np.searchsorted(ends, at[-1], side="right")) if together else index
         image = at[0] if values.ndim > 1 else 0
@@ -98,7 +99,7 @@ def first_bad_label(
 
 
 def describe_bad_label(
-    targets: list[Tensor], together: bool, anchors: list[int], num_classes: int, background: int, ignored: int
+    targets: list[Tensor], together: bool, anchors: list[int], num_classes: int, background: int | None, ignored: int
 ) -> str | None:
     found = first_bad_label(targets, anchors, num_classes, background, ignored)
     if found is None:
@@ -107,12 +108,16 @@ def describe_bad_label(
     name = "targets" if together else f"targets[{level}]"
     first = 1 if background == 0 else 0
     others = f", background_index {background} or ignore_index {ignored}"
-    if ignored == NOTHING_IGNORED:
+    if background is None:
+        others = f" or ignore_index {ignored}"
+    elif ignored == NOTHING_IGNORED:
         others = f" or background_index {background}"
     message = (
         f"{name}: label {label} at {list(at)} (level {level}, image {image}); expected one of the classes "
         f"{first}..{num_classes - 1 + first}{others}"
     )
+    if background is None:
+        return message
     by_meaning: dict[str, list[str]] = {}
     for preset, convention in CONVENTIONS.items():
         what = meaning(label, convention, num_classes)

@@ -27,7 +27,8 @@ operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.O
 
 # LossKind, Reduction and Count in csrc/.
 FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL, QUALITY_FOCAL, MATCHABILITY_AWARE, IOU_AWARE_BCE, BCE = range(7)
-GAUSSIAN_FOCAL, ASYMMETRIC = range(7, 9)
+GAUSSIAN_FOCAL, ASYMMETRIC, SOFTMAX_FOCAL = range(7, 10)
+ANCHOR_LOSSES = frozenset({SOFTMAX_FOCAL})  # take an anchor's classes together: one loss for each anchor
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_SCORES, COUNT_ANCHORS_PER_IMAGE = range(
     6
@@ -65,6 +66,10 @@ class OperatorOptions:
         *values, needs_grad = arguments
         return OperatorOptions(*values), needs_grad
 
+    @property
+    def takes_anchors(self) -> bool:
+        return self.loss in ANCHOR_LOSSES
+
     def tensors(self) -> list[Tensor | None]:
         """Those that a node saves for backward, which hands them back to `with_tensors`."""
         return [*(self.soft_targets or ()), *[getattr(self, name) for name in TENSOR_NAMES]]
@@ -101,9 +106,14 @@ def pack_labels(
     ignored: int,
     count: int,
     minimum: float,
+    background_is_class: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Labels in the order and the form that the kernels read, and what was counted on the way, as a divisor."""
-    return operators.pack_labels(labels, logits, scores, num_classes, background, ignored, count, minimum)  # type: ignore[no-any-return]
+    """Labels in the order and the form that the kernels read, and what was counted on the way, as a divisor.
+
+    background_is_class: the labels are 0..K-1, and background, if it is one of them, is only not counted as positive.
+    """
+    more = (True,) if background_is_class else ()
+    return operators.pack_labels(labels, logits, scores, num_classes, background, ignored, count, minimum, *more)  # type: ignore[no-any-return]
 
 
 def pyramid_loss(
@@ -142,9 +152,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def new_losses(logits: list[Tensor], reduction: int) -> list[Tensor]:
+def anchor_shape(logits: Tensor, num_classes: int) -> tuple[int, ...]:
+    """Of one number for each anchor: (N, H, W, A), without A where that is 1; (N, M); (M,)."""
+    if logits.dim() != 4:
+        return tuple(logits.shape[:-1])
+    n, channels, h, w = logits.shape
+    a = channels // num_classes
+    return (n, h, w) if a == 1 else (n, h, w, a)
+
+
+def new_losses(logits: list[Tensor], options: OperatorOptions) -> list[Tensor]:
     """Memory for the result."""
+    reduction = options.reduction
     if reduction == NONE:
+        if options.takes_anchors:
+            return [t.new_empty(anchor_shape(t, options.num_classes)) for t in logits]
         return [torch.empty_like(t) for t in logits]
     shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
     return [logits[0].new_empty(shape, dtype=accumulation_dtype(logits[0].dtype))]

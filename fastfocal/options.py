@@ -9,7 +9,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypedDict, TypeVar, get_type_hints
 
 from torch import Tensor
 
@@ -78,6 +78,7 @@ class Options:
     Once `num_classes` is known, `background_index` is a label and `labels` are resolved.
     """
 
+    background_is_class: ClassVar[bool] = False
     num_classes: int | None = option(None, checks.num_classes_or_none)
     labels: str | None = option(None, checks.anything)
     background_index: int | None = option(None, checks.index_or_none)
@@ -94,7 +95,10 @@ class Options:
             self.labels, self.background_index, self.ignore_index, self.num_classes
         )
         if self.num_classes is not None:
-            background = checks.label_indices(background, ignored, self.num_classes)
+            if self.background_is_class:
+                background = checks.background_class(background, ignored, self.num_classes)
+            else:
+                background = checks.label_indices(background, ignored, self.num_classes)
             object.__setattr__(self, "background_index", background)
             object.__setattr__(self, "ignore_index", ignored)
             object.__setattr__(self, "labels", None)
@@ -103,7 +107,13 @@ class Options:
         """With the number of classes, where it was left to the shape of the logits."""
         if self.num_classes is not None:
             return self
-        return Options(**{**{name: getattr(self, name) for name in OPTION_CHECKS}, "num_classes": num_classes})
+        return type(self)(**{**{name: getattr(self, name) for name in OPTION_CHECKS}, "num_classes": num_classes})
+
+
+class OptionsOfClasses(Options):
+    """Of a loss whose background, if there is one, is a class like others."""
+
+    background_is_class = True
 
 
 OPTION_CHECKS: dict[str, Callable[[str, Any], Any]] = {

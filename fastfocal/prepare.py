@@ -75,6 +75,7 @@ class Prepared:
     together: bool  # they came as one tensor
     labels: list[Tensor] | None
     background: int
+    background_is_class: bool
     ignored: int
     soft_targets: list[Tensor] | None
     scores: Tensor | None
@@ -96,6 +97,7 @@ def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
     if transformed and not is_compiling() and any(map(is_mapped, (*pyramid.levels, *given))):
         raise RuntimeError(NO_VMAP)
     check_targets_of_loss(loss, soft)
+    check_class_mask_of_loss(loss, inputs.class_mask)
     classes, like = pyramid.num_classes, pyramid.levels[0]
     options = options.of(classes)
     assert options.background_index is not None
@@ -115,6 +117,7 @@ def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
         together=together,
         labels=None if soft else read_labels(given, together, pyramid),
         background=options.background_index,
+        background_is_class=options.background_is_class,
         ignored=options.ignore_index,
         soft_targets=read_soft_targets(given, pyramid.dense) if soft else None,
         scores=scores,
@@ -232,6 +235,22 @@ def check_targets_of_loss(loss: Loss, soft: bool) -> None:
     if loss.targets not in ("either", "soft" if soft else "labels"):
         wanted = "integer labels" if loss.targets == "labels" else "floating soft targets"
         raise TypeError(f"targets: {loss.name} expects {wanted}, got {'floating' if soft else 'integer'} ones")
+
+
+def check_class_mask_of_loss(loss: Loss, class_mask: object) -> None:
+    if loss.takes_anchors and class_mask is not None:
+        raise ValueError(f"class_mask: {loss.name} takes none, as an anchor's classes share one softmax; expected None")
+
+
+def class_factors(loss: Loss, class_weight: object, num_classes: int) -> ClassValues | None:
+    """`class_weight`, checked."""
+    factors = checks.class_weight("class_weight", class_weight, num_classes)
+    if loss.takes_anchors and factors is not None and len(factors.shape) == 2:
+        raise ValueError(
+            f"class_weight: {loss.name} has no negatives; expected {num_classes} numbers, of the anchors with each label, got "
+            "two rows"
+        )
+    return factors
 
 
 def read_labels(given: list[Tensor], together: bool, pyramid: Pyramid) -> list[Tensor]:
@@ -374,7 +393,7 @@ def weigh(
 ) -> tuple[float, float, Tensor | None]:
     """The weights of positives and of negatives as numbers, or for each class, (2, K) on the logits' device."""
     positive, negative = loss.weights(num_classes, like.device)
-    factors = checks.class_weight("class_weight", class_weight, num_classes)
+    factors = class_factors(loss, class_weight, num_classes)
     if factors is None and isinstance(positive, float) and isinstance(negative, float):
         return positive, negative, None
     rows = class_weights(positive, negative, factors, num_classes, like.device)
@@ -446,6 +465,8 @@ def resolve_normalizer(
     loss: Loss, inputs: Inputs, reduction: str, pyramid: Pyramid, soft: bool, class_mask: Tensor | None
 ) -> Divisor:
     normalizer, like = inputs.normalizer, pyramid.levels[0]
+    if reduction == "mean" and loss.takes_anchors:
+        return Divisor(ops.COUNT_LOGITS, number=1 / pyramid.num_classes)  # anchors
     if reduction == "mean":
         return logits_that_count(pyramid, soft, class_mask)
     if isinstance(normalizer, Tensor):

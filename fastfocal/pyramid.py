@@ -44,7 +44,7 @@ def sort_keywords(
             own[name] = value
         else:
             raise TypeError(f"{parameters.name}() got an unexpected keyword argument {name!r}")
-    return parameters(**own), Options(**shared), Inputs(logits, targets, **of_call)
+    return parameters(**own), parameters.options(**shared), Inputs(logits, targets, **of_call)
 
 
 def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[Tensor]:
@@ -87,11 +87,24 @@ def pack(prepared: Prepared) -> tuple[Tensor | None, Tensor | None]:
     scores = prepared.scores if divisor.count == ops.COUNT_SCORES else None
     try:
         packed, counted = ops.pack_labels(
-            labels, pyramid.dense, scores, classes, background, ignored, divisor.count, divisor.minimum
+            labels,
+            pyramid.dense,
+            scores,
+            classes,
+            background,
+            ignored,
+            divisor.count,
+            divisor.minimum,
+            prepared.background_is_class,
         )
     except ValueError:
         message = label_conventions.describe_bad_label(
-            prepared.given, prepared.together, pyramid.anchors, classes, background, ignored
+            prepared.given,
+            prepared.together,
+            pyramid.anchors,
+            classes,
+            None if prepared.background_is_class else background,
+            ignored,
         )
         if message is None:
             raise

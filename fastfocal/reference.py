@@ -18,14 +18,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastfocal import checks
 from fastfocal import labels as label_conventions
 from fastfocal.losses import LOSSES
 from fastfocal.losses import FocalLoss as _FocalLoss
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss
+from fastfocal.ops import anchor_shape
 from fastfocal.options import Inputs, Options, defaults_of
-from fastfocal.prepare import check_class_mask, check_normalizer, check_scores, check_targets_of_loss
+from fastfocal.prepare import (
+    check_class_mask,
+    check_class_mask_of_loss,
+    check_normalizer,
+    check_scores,
+    check_targets_of_loss,
+    class_factors,
+)
 from fastfocal.pyramid import sort_keywords
 
 _LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -52,6 +59,7 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
     _check_no_grad(targets=inputs.targets, weight=inputs.weight, normalizer=inputs.normalizer, scores=inputs.scores)
     soft = any(target.is_floating_point() for target in target_list)
     check_targets_of_loss(loss, soft)
+    check_class_mask_of_loss(loss, inputs.class_mask)
     num_classes = _resolve_num_classes(levels, options.num_classes, soft)
     options = options.of(num_classes)
     assert options.background_index is not None
@@ -66,7 +74,7 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
             ignored.append(torch.zeros_like(dense[-1][..., 0], dtype=torch.bool))
     else:
         for index, label in enumerate(_split_per_level("targets", inputs.targets, levels, num_classes)):
-            one_hot, ignore = _one_hot(label, num_classes, options.background_index, options.ignore_index, index)
+            one_hot, ignore = _one_hot(label, num_classes, options, index)
             dense.append(one_hot)
             ignored.append(ignore)
 
@@ -79,10 +87,15 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
         scores = _split_per_level("scores", inputs.scores, levels, num_classes)
 
     if options.reduction == "mean":
-        divisor: float | Tensor = _count_logits(ignored, num_classes, present).clamp(min=1)
+        counted = 1 if loss.takes_anchors else num_classes
+        divisor: float | Tensor = _count_logits(ignored, counted, present).clamp(min=1)
     else:
         check_normalizer(loss, inputs.normalizer, levels[0], soft, scores is not None)
-        divisor = _resolve_divisor(inputs.normalizer, None if soft else dense, scores, _num_images(levels[0]), dtype)
+        positives = None if soft else dense
+        if positives is not None and options.background_is_class and options.background_index >= 0:
+            without = torch.arange(num_classes, device=levels[0].device) != options.background_index
+            positives = [one_hot & without for one_hot in positives]
+        divisor = _resolve_divisor(inputs.normalizer, positives, scores, _num_images(levels[0]), dtype)
 
     positive, negative = _weights(loss, inputs, num_classes, levels[0].device)
     weights = None if inputs.weight is None else _split_per_level("weight", inputs.weight, levels, num_classes)
@@ -106,8 +119,9 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
         losses.append(torch.where(left_out, 0.0, term))
 
     if options.reduction == "none":
+        unflatten = _of_anchors if loss.takes_anchors else _unflatten
         shaped = [
-            _unflatten(term, level, num_classes).to(level.dtype) for term, level in zip(losses, levels, strict=True)
+            unflatten(term, level, num_classes).to(level.dtype) for term, level in zip(losses, levels, strict=True)
         ]
         return shaped[0] if isinstance(inputs.logits, Tensor) else shaped
     if options.reduction == "image":
@@ -234,7 +248,7 @@ def sigmoid_focal_loss(
 def _weights(loss: Loss, inputs: Inputs, num_classes: int, device: torch.device) -> tuple[Any, Any]:
     """Of positives and of negatives, numbers or (K,), in float64, so that 1 - alpha is rounded once."""
     positive, negative = loss.weights(num_classes, device)
-    factors = checks.class_weight("class_weight", inputs.class_weight, num_classes)
+    factors = class_factors(loss, inputs.class_weight, num_classes)
     if factors is None:
         return positive, negative
     rows = _float64(factors.values, device).expand(2, num_classes)
@@ -255,15 +269,18 @@ def _weight(loss: type[Loss], y: Tensor, positive: Any, negative: Any) -> Tensor
 # Targets
 
 
-def _one_hot(
-    labels: Tensor, num_classes: int, background_index: int, ignore_index: int, level: int
-) -> tuple[Tensor, Tensor]:
-    """Labels (N, M) to a one-hot target (N, M, K), all zero for background and ignored, and the ignored (N, M)."""
+def _one_hot(labels: Tensor, num_classes: int, options: Options, level: int) -> tuple[Tensor, Tensor]:
+    """Labels (N, M) to a one-hot target (N, M, K), all zero for ignored and for a background that is no class, and the ignored
+    (N, M)."""
+    background_index, ignore_index = options.background_index, options.ignore_index
+    if options.background_is_class:
+        background_index = ignore_index  # nothing else is no class
+    assert background_index is not None
     if labels.dtype not in _LABEL_DTYPES:
         raise TypeError(f"targets[{level}]: expected an integer or a floating dtype, got {labels.dtype}")
     labels = labels.long()
     ignored = labels == ignore_index
-    classes = labels - 1 if background_index == 0 else labels
+    classes = labels - 1 if background_index == 0 and not options.background_is_class else labels
     foreground = (classes >= 0) & (classes < num_classes) & ~ignored
     known = foreground | ignored | (labels == background_index)
     # Read by the host, so on the CPU only; and a compiled graph could not branch on it.
@@ -367,6 +384,11 @@ def _unflatten(loss: Tensor, level: Tensor, num_classes: int) -> Tensor:
         n, channels, h, w = level.shape
         loss = loss.reshape(n, h, w, channels // num_classes, num_classes).permute(0, 3, 4, 1, 2)
     return loss.reshape(level.shape)
+
+
+def _of_anchors(loss: Tensor, level: Tensor, num_classes: int) -> Tensor:
+    """(N, M, K), of which one class of an anchor has its loss, to a number for each anchor, shaped as labels are."""
+    return loss.sum(-1).reshape(anchor_shape(level, num_classes))
 
 
 def _num_images(level: Tensor) -> int:

@@ -19,7 +19,7 @@ from torch.autograd.function import _SingleLevelFunction
 
 from fastfocal import ops
 from fastfocal.guards import on_one_device, tensors_of
-from fastfocal.ops import IMAGE, LEVEL, NONE, OperatorOptions, accumulation_dtype, images, new_losses
+from fastfocal.ops import IMAGE, LEVEL, NONE, OperatorOptions, accumulation_dtype, anchor_shape, images, new_losses
 from fastfocal.saved import describe, restore
 
 NO_SECOND_DERIVATIVE = (
@@ -51,6 +51,7 @@ def pack_labels(
     ignored: int,
     count: int,
     minimum: float,
+    background_is_class: bool = False,
 ) -> tuple[Tensor, Tensor]:
     anchors = sum(t.numel() // num_classes for t in logits)
     packed = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
@@ -66,7 +67,7 @@ def gradients_like(logits: list[Tensor], needs_grad: list[int]) -> list[Tensor]:
 
 def pyramid_loss(logits: list[Tensor], *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
     options, needs_grad = OperatorOptions.named(arguments)
-    return new_losses(logits, options.reduction), gradients_like(logits, needs_grad) if any(needs_grad) else []
+    return new_losses(logits, options), gradients_like(logits, needs_grad) if any(needs_grad) else []
 
 
 def pyramid_loss_(logits: list[Tensor], losses: list[Tensor], *arguments: Any) -> None:
@@ -160,7 +161,9 @@ class PyramidLossDerivative(_SingleLevelFunction):
             found = PyramidLossDerivative.recomputed(ctx, incoming, saved, needed)
         elif reduction == NONE:
             found = [
-                times(t, g) if need and g is not None else None
+                times(t, of_each_logit(g, t, ctx.options.num_classes) if ctx.options.takes_anchors else g)
+                if need and g is not None
+                else None
                 for t, g, need in zip(saved, incoming, needed, strict=True)
             ]
         else:
@@ -171,8 +174,10 @@ class PyramidLossDerivative(_SingleLevelFunction):
     def recomputed(ctx: Any, incoming: list[Tensor | None], saved: list[Tensor], needed: list[int]) -> list[Tensor]:
         logits, options = saved[: len(needed)], ctx.options.with_tensors(saved[len(needed) :])
         if options.reduction == NONE:  # the kernel reads them in the logits' order
+            zeros = new_losses(logits, options)
             given = [
-                torch.zeros_like(t) if g is None else in_order_of(t, g) for g, t in zip(incoming, logits, strict=True)
+                zero.zero_() if g is None else in_order_of(t, g, options)
+                for g, t, zero in zip(incoming, logits, zeros, strict=True)
             ]
         else:
             given = [incoming[0]]  # type: ignore[list-item]
@@ -196,7 +201,7 @@ class PyramidLossDerivative(_SingleLevelFunction):
         logits = [torch._VF._unpack_dual(t, level=0)[0] for t in logits]  # type: ignore[attr-defined]
         dtype = accumulation_dtype(logits[0].dtype)
         if reduction == NONE:
-            ones = [torch.ones_like(t) for t in logits]
+            ones = [torch.ones_like(t) for t in new_losses(logits, options)]
         else:
             shape = {LEVEL: (len(logits),), IMAGE: (images(logits[0]),)}.get(reduction, ())
             ones = [torch.ones(shape, dtype=dtype, device=logits[0].device)]
@@ -207,6 +212,8 @@ class PyramidLossDerivative(_SingleLevelFunction):
             for x, g, t in zip(logits, gradients, tangents, strict=True)
         ]
         if reduction == NONE:
+            if options.takes_anchors:
+                return tuple(sum_over_classes(p, options.num_classes) for p in products)
             return tuple(products)
         if reduction == IMAGE:
             n = images(logits[0])
@@ -223,11 +230,32 @@ def refuse_batched(grad_output: Tensor | None) -> None:
         raise RuntimeError(NO_BATCHED_GRADIENTS)
 
 
-def in_order_of(logits: Tensor, gradient: Tensor) -> Tensor:
-    """An incoming gradient in the memory order that the kernel reads both in."""
-    if gradient.stride() == logits.stride() or is_mapped(gradient):
+def in_order_of(logits: Tensor, gradient: Tensor, options: OperatorOptions) -> Tensor:
+    """An incoming gradient in the memory order that the kernel reads it in."""
+    if is_mapped(gradient):
         return gradient
-    return torch.empty_like(logits).copy_(gradient)
+    if options.takes_anchors:
+        return gradient.contiguous()
+    return gradient if gradient.stride() == logits.stride() else torch.empty_like(logits).copy_(gradient)
+
+
+def of_each_logit(per_anchor: Tensor, logits: Tensor, num_classes: int) -> Tensor:
+    """One number for each anchor, as one for each of its logits."""
+    if logits.dim() != 4:
+        return per_anchor.unsqueeze(-1).expand_as(logits)
+    n, channels, h, w = logits.shape
+    a = channels // num_classes
+    per_anchor = per_anchor.reshape(n, h, w, a).permute(0, 3, 1, 2).unsqueeze(2)
+    return per_anchor.expand(n, a, num_classes, h, w).reshape(logits.shape)
+
+
+def sum_over_classes(logits: Tensor, num_classes: int) -> Tensor:
+    """Of numbers shaped as logits: one for each anchor."""
+    if logits.dim() != 4:
+        return logits.sum(-1)
+    n, channels, h, w = logits.shape
+    per_anchor = logits.reshape(n, channels // num_classes, num_classes, h, w).sum(2).permute(0, 2, 3, 1)
+    return per_anchor.reshape(anchor_shape(logits, num_classes))
 
 
 def is_mapped(t: Tensor) -> bool:
@@ -333,7 +361,7 @@ def backward_of_entry(operator: Any) -> Callable[..., Any]:
     def call(grad_outputs: list[Tensor], logits: list[Tensor], *arguments: Any) -> list[Tensor]:
         options, _ = OperatorOptions.named(arguments)
         if options.reduction == NONE:
-            grad_outputs = [in_order_of(t, g) for g, t in zip(grad_outputs, logits, strict=True)]
+            grad_outputs = [in_order_of(t, g, options) for g, t in zip(grad_outputs, logits, strict=True)]
         return operator(grad_outputs, logits, *arguments)  # type: ignore[no-any-return]
 
     return call

@@ -15,7 +15,7 @@ ChunkCount pack_run(const LabelRule rule, const L* labels, int64_t step, int64_t
   for (int64_t i = 0; i < count; ++i) {
     const int64_t label = packed_label(rule, static_cast<int64_t>(labels[kDense ? i : i * step]));
     packed[i] = static_cast<P>(label);
-    positives += label >= 0;
+    positives += is_positive(rule, label);
     ignored += label == kIgnored;
     invalid += label == kInvalid;
   }

@@ -16,11 +16,12 @@ namespace {
   const LabelLevel& level = params.level[chunk.level];
   int64_t m = chunk.begin, label;
   while (packed_label(params.rule, label = label_at(level, params.type, chunk.image, m)) != kInvalid) ++m;
-  const int64_t first = params.rule.background == 0 ? 1 : 0;
+  const LabelRule& rule = params.rule;
   std::ostringstream message;
   message << "targets[" << params.first_level + chunk.level << "]: label " << label << " at image " << chunk.image
-          << ", anchor " << m << "; expected one of the classes " << first << ".." << params.rule.classes - 1 + first
-          << ", background_index " << params.rule.background << " or ignore_index " << params.rule.ignore;
+          << ", anchor " << m << "; expected one of the classes " << rule.first << ".." << rule.classes - 1 + rule.first;
+  if (rule.background != rule.ignore) message << ", background_index " << rule.background;
+  message << " or ignore_index " << rule.ignore;
   throw std::invalid_argument(message.str());  // reaches Python as a ValueError
 }
 

@@ -5,6 +5,7 @@
 #include "tile_dense.h"
 #include "tile_fast.h"
 #include "tile_generic.h"
+#include "tile_softmax.h"
 
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
@@ -108,6 +109,13 @@ void run_generic_floats(const KernelParams& params, const BlockLoss<float>& loss
 }
 
 void run_tiles(const KernelParams& params, int64_t begin, int64_t end) {
+  if (takes_anchors(params.loss.kind)) {
+    return with_dtype(params.dtype, [&](auto logit) {
+      using T = type_of<decltype(logit)>;
+      with_anchor_loss<Accumulation<T>>(params.loss,
+                                        [&](auto loss) { softmax_tiles<T, type_of<decltype(loss)>>(params, begin, end); });
+    });
+  }
   if (is_fast(params)) {
     return with_loss<float, Path::kFast>(params.loss, [&](auto loss) {
       with_dtype(params.dtype, [&](auto logit) {

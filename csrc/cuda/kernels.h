@@ -17,5 +17,7 @@ template <class T>
 void run_fast(const KernelParams& params, const Context& context);
 template <class T>
 void run_generic(const KernelParams& params, const Context& context);
+template <class T>
+void run_softmax(const KernelParams& params, const Context& context);
 
 }  // namespace fastfocal::cuda

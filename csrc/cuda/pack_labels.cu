@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) pack_labels_kernel(const __grid_cons
     for (int64_t m = chunk.begin + threadIdx.x; m < chunk.end; m += kThreads) {
       const int64_t packed = packed_label(params.rule, label_at(level, params.type, chunk.image, m));
       assert(packed != kInvalid && "targets: a label is neither a class, nor background_index, nor ignore_index");
-      positives += packed >= 0;
+      positives += is_positive(params.rule, packed);
       ignored += packed == kIgnored;
       const int64_t at = base + packed_position(level, m);
       if (params.score_sums != nullptr && packed >= 0)

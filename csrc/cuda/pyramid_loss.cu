@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const __grid_constant_
 void run(const KernelParams& params, const Context& context) {
   with_dtype(params.dtype, [&](auto logit) {
     using T = type_of<decltype(logit)>;
+    if (takes_anchors(params.loss.kind)) return run_softmax<T>(params, context);
     if constexpr (sizeof(T) < sizeof(double)) {
       if (is_fast(params)) return run_fast<T>(params, context);
     }

@@ -14,6 +14,11 @@
 //   Term<V> soft(V x, V y, V e);            with e = exponential(x)
 //   static V soft_weight(V y, V positive, V negative);   the weight of a soft target, of those of the two classes
 //
+// A loss that takes an anchor's classes together (takes_anchors() in registry.h) has kernels of its own instead, which ask for
+//
+//   static V exponential(V x), exponential(V x, V greatest); V distance(V x, V greatest);
+//   AnchorTerm<V> anchor(V distance, V own, V others);      see softmax_focal.h
+//
 // A negative logit of -inf costs exactly 0 and has gradient 0: kernels put it where nothing is to be counted. The weights of the
 // two classes (alpha), of anchors and of levels stay outside: kernels multiply them in.
 #pragma once
@@ -33,7 +38,8 @@ enum class LossKind : int32_t {
   kIouAwareBce = 5,
   kBce = 6,
   kGaussianFocal = 7,
-  kAsymmetric = 8
+  kAsymmetric = 8,
+  kSoftmaxFocal = 9
 };
 
 // The loss and the numbers of its own, in the order of its kParameters.

@@ -22,10 +22,14 @@
 #include "focal_star.h"
 #include "gaussian_focal.h"
 #include "scored_focal.h"
+#include "softmax_focal.h"
 
 namespace fastfocal {
 
-constexpr LossKind kLastLoss = LossKind::kAsymmetric;
+constexpr LossKind kLastLoss = LossKind::kSoftmaxFocal;
+
+// Whether it takes an anchor's classes together: one loss for each anchor, tiles of whole anchors, labels alone as targets.
+FASTFOCAL_HD bool takes_anchors(LossKind kind) { return kind == LossKind::kSoftmaxFocal; }
 
 // What is known of a loss without its numbers.
 struct LossFacts {
@@ -59,6 +63,8 @@ inline LossFacts facts_of(LossKind kind) {
       return LossFacts::of<GaussianFocal<float, Gamma::kAny>>();
     case LossKind::kAsymmetric:
       return LossFacts::of<Asymmetric<float, true, Gamma::kAny>>();
+    case LossKind::kSoftmaxFocal:
+      return LossFacts::of<SoftmaxFocal<float, Gamma::kAny>>();
     case LossKind::kFocal:
     default:  // the operators have checked it
       return LossFacts::of<Focal<float, Gamma::kAny, false>>();
@@ -92,7 +98,16 @@ FASTFOCAL_HD bool has_fast_kernel(const LossParams& params) {
   }
 }
 
-// Calls use(Type<Loss>()) with the struct of the loss. Each call of this is one more set of kernels to compile.
+// Calls use(Type<Loss>()) with the struct of a loss that takes_anchors().
+template <class S, class Use>
+FASTFOCAL_HOST auto with_anchor_loss(const LossParams& params, const Use& use) {
+  if constexpr (sizeof(S) == sizeof(float)) {
+    if (params.value[0] == 2.0) return use(Type<SoftmaxFocal<S, Gamma::kTwo>>());
+  }
+  return use(Type<SoftmaxFocal<S, Gamma::kAny>>());
+}
+
+// Calls use(Type<Loss>()) with the struct of any other loss. Each call of this is one more set of kernels to compile.
 template <class S, Path kPath, Accuracy kAccuracy = Accuracy::kFloat, class Use>
 FASTFOCAL_HOST auto with_loss(const LossParams& params, const Use& use) {
   constexpr bool kFast = kPath == Path::kFast;

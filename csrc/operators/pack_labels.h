@@ -12,7 +12,7 @@ template <class Device>
 struct PackLabels {
   static std::tuple<Tensor, Tensor> pack_labels(Tensors labels, Tensors logits, std::optional<Tensor> scores,
                                                 int64_t num_classes, int64_t background_index, int64_t ignore_index,
-                                                int64_t count, double minimum) {
+                                                int64_t count, double minimum, bool background_is_class) {
     const CheckedLogits checked(logits, num_classes);
     const int64_t images = checked.images;
     const bool one = labels.size() == 1;  // for all levels
@@ -54,7 +54,7 @@ struct PackLabels {
 
     params.wide_labels = wide;
     params.images = images;
-    params.rule = {num_classes, background_index, ignore_index};
+    params.rule = label_rule(num_classes, background_index, ignore_index, background_is_class);
     params.packed_labels = out.mutable_data_ptr();
     params.counts = static_cast<int64_t*>(counts.data());
     params.wide_scores = checked.accumulation == ScalarType::Double;

@@ -27,6 +27,8 @@ struct Checked : CheckedLogits {
                     " flags, one per level, got ", options.needs_grad.size());
     const bool soft = !options.soft_targets.empty();
     FASTFOCAL_CHECK(soft != options.packed_labels.has_value(), "packed_labels: expected either these or soft_targets");
+    FASTFOCAL_CHECK(!soft || !takes_anchors(loss.kind), "soft_targets: loss ", static_cast<int64_t>(loss.kind),
+                    " takes packed_labels");
     if (soft) {
       FASTFOCAL_CHECK(options.soft_targets.size() == count, "soft_targets: expected ", count, " levels, got ",
                       options.soft_targets.size());
@@ -52,6 +54,8 @@ struct Checked : CheckedLogits {
       check_operand({"scores"}, *options.scores, first, accumulation, anchors);
     }
     if (options.class_mask) {
+      FASTFOCAL_CHECK(!takes_anchors(loss.kind), "class_mask: expected none, as loss ", static_cast<int64_t>(loss.kind),
+                      " takes an anchor's classes together");
       const Argument name = {"class_mask"};
       const Facts t(*options.class_mask);
       check_dtype(name, t, ScalarType::Bool);
@@ -77,7 +81,7 @@ struct PyramidLoss : private NewTensors<Device> {
     if (options.needs_any()) gradients = like_needed(logits, options);
     if (options.reduction == Reduction::kNone) {
       // The elementwise loss and the gradient are two passes: nobody asks for both but to keep the gradient for later.
-      const Tensors losses = like_all(logits);
+      const Tensors losses = losses_of(logits, options);
       run_groups(logits, checked, options, Output::kElementLoss, losses, {}, nullptr);
       if (!gradients.empty()) run_groups(logits, checked, options, Output::kGradient, gradients, {}, nullptr);
       return {losses, gradients};
@@ -98,7 +102,7 @@ struct PyramidLoss : private NewTensors<Device> {
     for (size_t l = 0; l < losses.size(); ++l) {
       const Argument name = {"losses", static_cast<int64_t>(l)};
       if (elementwise) {
-        check_elementwise(name, Facts(losses[l]), checked.facts[l], checked.facts[0]);
+        check_each(name, losses[l], checked, l);
       } else {
         check_operand(name, losses[l], checked.facts[0], checked.accumulation, loss_size(checked, options));
       }
@@ -123,11 +127,10 @@ struct PyramidLoss : private NewTensors<Device> {
                     grad_outputs.size());
     for (size_t l = 0; l < grad_outputs.size(); ++l) {
       const Argument name = {"grad_outputs", static_cast<int64_t>(l)};
-      const Facts g(grad_outputs[l]);
       if (elementwise) {
-        check_elementwise(name, g, checked.facts[l], checked.facts[0]);
+        check_each(name, grad_outputs[l], checked, l);
       } else {
-        check_incoming(name, g, checked.facts[0], checked.accumulation, loss_size(checked, options));
+        check_incoming(name, Facts(grad_outputs[l]), checked.facts[0], checked.accumulation, loss_size(checked, options));
       }
     }
     Tensors gradients = like_needed(logits, options);
@@ -139,6 +142,30 @@ struct PyramidLoss : private NewTensors<Device> {
   using NewTensors<Device>::fresh_like;
   using NewTensors<Device>::like_all;
   using NewTensors<Device>::none_like;
+  using NewTensors<Device>::of_anchors;
+
+  // What reduction "none" gives: the loss of each logit, or of each anchor.
+  static Tensors losses_of(const Tensors& logits, const Options& options) {
+    if (!takes_anchors(options.loss)) return like_all(logits);
+    Tensors out;
+    out.reserve(logits.size());
+    for (const Tensor& t : logits) out.push_back(of_anchors(t, options.num_classes));
+    return out;
+  }
+
+  // These, or their incoming gradients.
+  static void check_each(const Argument& name, const Tensor& t, const Checked& checked, size_t l) {
+    if (takes_anchors(checked.loss.kind)) {
+      check_anchorwise(name, t, checked.facts[l], checked.facts[0], checked.images * checked.levels[l].anchors);
+    } else {
+      check_elementwise(name, Facts(t), checked.facts[l], checked.facts[0]);
+    }
+  }
+
+  static int64_t tiles_of(const Level& level, const Options& options) {
+    return takes_anchors(options.loss) ? anchor_tiles_per_image(level, options.num_classes)
+                                       : tiles_per_image(level.image_logits);
+  }
 
   static Tensors like_needed(const Tensors& logits, const Options& options) {
     Tensors out;
@@ -208,7 +235,7 @@ struct PyramidLoss : private NewTensors<Device> {
     std::vector<int64_t> tiles;  // of each group; memory for all sums is taken before the first kernel writes
     for (size_t l = 0; l < logits.size(); ++l) {
       if (l % kMaxLevels == 0) tiles.push_back(0);
-      tiles.back() += checked.images * tiles_per_image(checked.levels[l].image_logits);
+      tiles.back() += checked.images * tiles_of(checked.levels[l], o);
     }
     const typename Device::Scratch partial(logits[0], loss ? *std::max_element(tiles.begin(), tiles.end()) : 0, false);
     params.partial = static_cast<double*>(partial.data());
@@ -227,7 +254,7 @@ struct PyramidLoss : private NewTensors<Device> {
         level.soft_targets = o.soft_targets.empty() ? nullptr : o.soft_targets[l].const_data_ptr();
         if (elementwise_incoming) level.incoming = grad_outputs[l].const_data_ptr();
         level.scale = o.level_scales[l];
-        level.tiles = {levels.tiles, tiles_per_image(level.image_logits)};
+        level.tiles = {levels.tiles, tiles_of(level, o)};
         levels.tiles += levels.images * level.tiles.per_image;
         ++levels.count;
       }

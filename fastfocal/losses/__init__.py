@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 from fastfocal.losses.focal import FastFocalLoss, FocalLoss, focal_loss
 from fastfocal.losses.focal_star import FastFocalLossStar, FocalLossStar, focal_loss_star
 from fastfocal.losses.loss import Loss, Module
+from fastfocal.losses.softmax_focal import FastSoftmaxFocalLoss, SoftmaxFocalLoss, softmax_focal_loss
 
-__all__ = ["FastFocalLoss", "FastFocalLossStar", "focal_loss", "focal_loss_star"]
+__all__ = [
+    "FastFocalLoss",
+    "FastFocalLossStar",
+    "FastSoftmaxFocalLoss",
+    "focal_loss",
+    "focal_loss_star",
+    "softmax_focal_loss",
+]
 
 
 class Member(NamedTuple):
@@ -21,4 +29,5 @@ class Member(NamedTuple):
 LOSSES = (
     Member(FocalLoss, focal_loss, FastFocalLoss),
     Member(FocalLossStar, focal_loss_star, FastFocalLossStar),
+    Member(SoftmaxFocalLoss, softmax_focal_loss, FastSoftmaxFocalLoss),
 )

@@ -36,6 +36,8 @@ class Loss:
     defaults: ClassVar[Mapping[str, Any]] = {}
     takes_scores: ClassVar[bool] = False  # a positive's target is its anchor's score
     targets: ClassVar[Literal["either", "labels", "soft"]] = "either"
+    takes_anchors: ClassVar[bool] = False  # an anchor's classes together: one loss for each anchor
+    options: ClassVar[type[Options]] = Options
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         """Of positives and of negatives; numbers for each class are checked here, and tensors come on the device."""
@@ -241,7 +243,8 @@ class Module(nn.Module):
                 if isinstance(value, Tensor):
                     value = ClassValues(value)
             own[name] = value
-        return self.parameters_of_loss(**own), Options(**{name: getattr(self, name) for name in self._shared})
+        loss = self.parameters_of_loss
+        return loss(**own), loss.options(**{name: getattr(self, name) for name in self._shared})
 
     def __setattr__(self, name: str, value: object) -> None:
         if isinstance(value, np.generic):  # torch.compile takes numpy's numbers for tensors

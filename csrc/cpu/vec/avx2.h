@@ -93,6 +93,21 @@ inline Mask lanes_from(int n) {
 // Where the mask is set: 0, whatever x is there, NaN included.
 inline Vec zero_where(Mask m, Vec x) { return Vec(_mm256_andnot_ps(m.m, x.v)); }
 
+// The sum of each vector's lanes, in the lane of that number.
+inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
+  __m256 pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = vectors[2 * i].v, b = vectors[2 * i + 1].v;
+    pairs[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return Vec(
+      _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20), _mm256_permute2f128_ps(fours[0], fours[1], 0x31)));
+}
+
 struct Sum {
   __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
   void add(Vec x) {

@@ -129,6 +129,23 @@ inline Vec add_except(Mask m, Vec sum, Vec x) {
 }
 inline Vec multiply_except(Mask m, Vec x, Vec y) { return Vec(_mm512_maskz_mul_ps(static_cast<__mmask16>(~m.m), x.v, y.v)); }
 
+// The sum of each vector's lanes, in the lane of that number.
+inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
+  __m512 pairs[8], fours[4];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = vectors[2 * i].v, b = vectors[2 * i + 1].v;
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = pairs[2 * i], b = pairs[2 * i + 1];
+    fours[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  const auto add_quarters = [](__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return Vec(add_quarters(add_quarters(fours[0], fours[1]), add_quarters(fours[2], fours[3])));
+}
+
 struct Sum {
   __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
   void add(Vec x) {

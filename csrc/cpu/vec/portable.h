@@ -81,6 +81,12 @@ inline Mask either(Mask a, Mask b) { return {a.m | b.m}; }
 inline Mask lanes_from(int n) { return {Ints{0, 1, 2, 3} >= n}; }
 inline Vec zero_where(Mask m, Vec x) { return Vec(Floats(~m.m & Ints(x.v))); }
 
+// The sum of each vector's lanes, in the lane of that number.
+inline Vec lane_sums(const Vec (&vectors)[kLanes]) {
+  const auto sum = [&](int i) { return (vectors[i].v[0] + vectors[i].v[2]) + (vectors[i].v[1] + vectors[i].v[3]); };
+  return Vec(Floats{sum(0), sum(1), sum(2), sum(3)});
+}
+
 struct Sum {
   double sum[4] = {0, 0, 0, 0};
   void add(Vec x) {

@@ -188,6 +188,22 @@ inline __m512 _mm512_permutex2var_ps(__m512 a, __m512i which, __m512 b) {
     return j < 16 ? a.lane[j] : b.lane[j - 16];
   });
 }
+// Within each quarter of four lanes: the lower two of a and b in turn, or the upper two.
+inline __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
+  return fastfocal_stand_in::each<__m512>([&](int i) { return (i % 2 ? b : a).lane[i / 4 * 4 + i % 4 / 2]; });
+}
+inline __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
+  return fastfocal_stand_in::each<__m512>([&](int i) { return (i % 2 ? b : a).lane[i / 4 * 4 + 2 + i % 4 / 2]; });
+}
+// Likewise two lanes of a, then two of b, each by two bits of `which`; and the same of whole quarters.
+inline __m512 _mm512_shuffle_ps(__m512 a, __m512 b, int which) {
+  return fastfocal_stand_in::each<__m512>(
+      [&](int i) { return (i % 4 < 2 ? a : b).lane[i / 4 * 4 + (which >> 2 * (i % 4) & 3)]; });
+}
+inline __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int which) {
+  return fastfocal_stand_in::each<__m512>(
+      [&](int i) { return (i < 8 ? a : b).lane[4 * (which >> 2 * (i / 4) & 3) + i % 4]; });
+}
 inline void _mm512_storeu_si512(void* p, __m512i a) { std::memcpy(p, &a, sizeof(a)); }
 inline __m512i _mm512_mask_add_epi32(__m512i other, __mmask16 k, __m512i a, __m512i b) {
   const __m512i sum = _mm512_add_epi32(a, b);
