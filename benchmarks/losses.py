@@ -3,11 +3,11 @@
     pip install ".[test]" -r tests/hosts.txt
     python -m benchmarks.losses --out benchmarks/results
 
-The standard case of README.md. "x focal loss" is the ratio of two medians whose rounds alternate, in one process, with the same
-kind of targets: labels, or dense ones beside the focal loss's soft targets. Beside the wall's clock stands the processor's (of all
-threads), which other programs on the machine disturb less. The projects' functions are imported, never copied, and given their
-best: flattened and concatenated only where their own heads do so, a dense target made within the call only where they need one and
-the labels do not. Where no project can be imported, the formula of `fastfocal.reference` stands in.
+The standard case of README.md. "x focal loss" is the ratio of two medians whose rounds alternate, in one process, with the
+same kind of targets: labels, or dense ones beside the focal loss's soft targets. Beside the wall's clock stands the processor's
+(all threads), which other programs on the machine disturb less. The projects' functions are imported, never copied, and given
+their best: flattened and concatenated only where their own heads do so, a dense target made within the call only where they
+need one and ours does not. Where no project can be imported, the formula of `fastfocal.reference` stands in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -29,7 +28,17 @@ from torch import Tensor
 
 from benchmarks import cases
 from benchmarks.cases import MAIN, MEMBERS, Case, Inputs, flatten
-from benchmarks.implementations import Call, Copy, LossFunction, Row, compiled, divide, fast_call, package_reference
+from benchmarks.implementations import (
+    Call,
+    Copy,
+    LossFunction,
+    Row,
+    compiled,
+    divide,
+    fast,
+    fast_call,
+    package_reference,
+)
 from benchmarks.implementations import plain as eager
 from benchmarks.machine import describe
 from benchmarks.memory import MIB, fix_allocator, peak_extra_bytes, touch_memory
@@ -66,16 +75,6 @@ def case_of(aim: Aim, dtype: torch.dtype = torch.float32, layout: str = "nchw") 
 
 def all_cases() -> list[Case]:
     return [case_of(aim) for aim in AIMS if aim.loss in MEMBERS]
-
-
-def focal_case(case: Case) -> Case:
-    """The focal loss with that kind of targets."""
-    return replace(case, loss="focal_loss", targets="soft" if case.is_dense else "labels")
-
-
-def inputs_for_focal(case: Case, inputs: Inputs) -> Inputs:
-    """The same tensors, which the focal loss takes too: no label is left that it does not know."""
-    return replace(inputs, scores=None)
 
 
 # --- the projects' code -------------------------------------------------------------------------------------------
@@ -115,7 +114,9 @@ def ultralytics_varifocal(case: Case, levels: list[Tensor], inputs: Inputs) -> T
 
     logits = concatenate(case, levels)
     target, one_hot = dense_scores(logits, inputs)
-    return divide(VarifocalLoss()(logits, target, one_hot) * logits.shape[1], case, inputs)  # it takes the anchors' mean
+    return divide(
+        VarifocalLoss()(logits, target, one_hot) * logits.shape[1], case, inputs
+    )  # it takes the anchors' mean
 
 
 def mmdet_quality_focal(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
@@ -283,9 +284,17 @@ HOSTS: dict[str, tuple[Host, ...]] = {
 REFERENCE = Host("fastfocal.reference", "torch", package_reference)
 
 
+def focal_call(case: Case, sets: list[Inputs]) -> Call:
+    """The focal loss with the same kind of targets: what a loss's time is compared with."""
+    of_focal = replace(case, loss="focal_loss", targets="soft" if case.is_dense else "labels")
+    # It takes the same labels: none of them is a class that it does not know.
+    return Call(of_focal, [replace(inputs, scores=None) for inputs in sets], fast(of_focal))
+
+
 def rows_of(case: Case) -> list[Row]:
     """fastfocal's own, a copy, and every project's code, eager and compiled; the reference's in place of no project at all."""
     found = [Row("fastfocal", fast_call, memory=4), Row("copy", Copy, memory=4, checked=False)]
+    found.append(Row("fastfocal focal_loss", focal_call, memory=4, checked=False))  # test_focal_loss.py checks it
     hosts = HOSTS[case.loss]
     if all(importlib.util.find_spec(host.package) is None for host in hosts):
         hosts = (*hosts, REFERENCE)
@@ -361,11 +370,10 @@ def measure(case: Case, aim: Aim, rounds: int, host_rounds: int, keep: bool, log
     device = torch.device("cpu")
     fix_allocator(case.logit_bytes, keep)
     inputs = cases.draw(case, device)
-    ours, copy_row, *others = rows_of(case)
+    ours, _, of_focal, *others = rows_of(case)
     answer = cases.answer(case, inputs)
     call = checked_call(ours, case, inputs, answer)
-    of_focal = focal_case(case)
-    focal = Call(of_focal, [inputs_for_focal(case, inputs)], fast_loss(of_focal))
+    focal = of_focal.make(case, [inputs])
     focal()
     focal.release()
     copy = Copy(case, [inputs])
@@ -375,7 +383,9 @@ def measure(case: Case, aim: Aim, rounds: int, host_rounds: int, keep: bool, log
     wall, processor = times.over(of_focal_loss)
     said = f"{times.milliseconds:.3g} | {times.over(of_copy)[0]:.2f}"
     verdict = "" if wall <= aim.times else f" (aim {aim.times:g})"
-    log(f"| `{case.loss}`, {targets_in_words(case)} | {said} | {wall:.2f}{verdict} | {processor:.2f} | {mib(call, 3)} | |")
+    log(
+        f"| `{case.loss}`, {targets_in_words(case)} | {said} | {wall:.2f}{verdict} | {processor:.2f} | {mib(call, 3)} | |"
+    )
     for row in others:
         label = f"| &nbsp;&nbsp;{row.name}"
         if (missing := row.missing()) is not None:
@@ -393,15 +403,11 @@ def measure(case: Case, aim: Aim, rounds: int, host_rounds: int, keep: bool, log
         del other
 
 
-def fast_loss(case: Case) -> LossFunction:
-    from benchmarks.implementations import fast
-
-    return fast(case)
-
-
 def targets_in_words(case: Case) -> str:
     scored = MEMBERS[case.loss].parameters.takes_scores
-    return "labels and scores" if scored else {"heatmap": "heatmaps", "multi-hot": "multi-hot"}.get(case.targets, "labels")
+    return (
+        "labels and scores" if scored else {"heatmap": "heatmaps", "multi-hot": "multi-hot"}.get(case.targets, "labels")
+    )
 
 
 def main() -> None:
@@ -411,7 +417,9 @@ def main() -> None:
     parser.add_argument("--losses", nargs="+", choices=sorted(HOSTS), default=sorted(HOSTS), help="some of them")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layout", choices=("nchw", "channels_last", "flattened"), default="nchw")
-    parser.add_argument("--keep-memory", action="store_true", help="malloc keeps what is released; default: fresh memory")
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="malloc keeps what is released; default: fresh memory"
+    )
     parser.add_argument("--out", type=Path, help="folder for losses.md (losses_kept_memory.md with --keep-memory)")
     arguments = parser.parse_args()
     packages = ("mmdet", "ultralytics", "transformers", "rfdetr", "timm", "kornia", "monai")

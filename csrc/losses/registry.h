@@ -154,6 +154,8 @@ FASTFOCAL_HOST auto with_loss(const LossParams& params, const Use& use) {
         return with_exponents(has_usual_exponents(params), Type<Asymmetric<S, true, Gamma::kTwo, kAccuracy>>(),
                               Type<Asymmetric<S, true, Gamma::kAny, kAccuracy>>());
       }
+    case LossKind::kSoftmaxFocal:  // with_anchor_loss()
+      break;
   }
   return use(Type<Focal<S, Gamma::kAny, false, kAccuracy>>());  // never: kinds and has_fast_kernel() have been checked
 }
