@@ -40,7 +40,7 @@ def names() -> dict[str, Any]:
 
 def test_the_page_has_blocks_of_every_host() -> None:
     hosts = {re.match(r"from (\w+)", block)[1] for block in BLOCKS}  # type: ignore[index]
-    assert hosts == {"segmentation_models_pytorch", "kornia", "monai"} and len(BLOCKS) == 6
+    assert hosts == {"segmentation_models_pytorch", "kornia", "monai"} and len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: re.match(r"from (\w+)", block)[1])  # type: ignore[index]

@@ -78,7 +78,10 @@ def softmax_focal_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Softmax focal loss, `-alpha (1 - p)^gamma log(p)` of each row's label, in plain PyTorch: no kernel here has a softmax.
+    """Softmax focal loss, `-alpha (1 - p)^gamma log(p)` of each row's label, by fastfocal's kernels.
+
+    As in mmcv, alpha is a factor of every row, background too, not a weight of classes. Where the probability of the
+    label is below 1.2e-38, mmcv clamps it, and so gives 87 at most for `-log(p)`.
 
     Args:
         input: logits (n, K).
@@ -92,16 +95,19 @@ def softmax_focal_loss(
     """
     _check(input, weight, reduction)
     check_rows("target", target, input.shape[1])
-    label = target.clamp(min=0)
-    log_p = torch.log_softmax(input, dim=1, dtype=accumulation_dtype(input.dtype))
-    log_p = log_p.gather(1, label.unsqueeze(1)).squeeze(1)
-    missing = (-torch.expm1(log_p)).clamp(min=torch.finfo(log_p.dtype).tiny)  # 1 - p, with a slope where gamma < 1
-    loss = -alpha * missing.pow(gamma) * log_p
-    if weight is not None:
-        loss = loss * weight[label]
-    loss = torch.where(target >= 0, loss, 0.0)
-    if reduction != "none":
-        loss = loss.sum() / (len(input) if reduction == "mean" else 1)
+    loss = fastfocal.softmax_focal_loss(
+        input,
+        target.clamp(min=-1),
+        gamma=gamma,
+        ignore_index=-1,
+        class_weight=weight,
+        normalizer=float(len(input)) if reduction == "mean" and len(input) else None,
+        reduction="none" if reduction == "none" else "sum",
+        loss_weight=alpha,
+    )
+    assert isinstance(loss, Tensor)
+    if reduction == "mean" and len(input) == 0:
+        loss = loss * float("nan")  # the mean of nothing
     return loss.to(_dtype(input, reduction))
 
 
