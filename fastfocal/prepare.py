@@ -472,6 +472,9 @@ def resolve_normalizer(
     if isinstance(normalizer, Tensor):
         normalizer = checks.as_plain("normalizer", normalizer)
     check_normalizer(loss, normalizer, like, soft, inputs.scores is not None)
+    if isinstance(normalizer, str) and soft:
+        assert loss.positive_target is not None
+        return Divisor(factor=divisor_of_soft_targets(normalizer, loss.positive_target, inputs.targets, like))
     if isinstance(normalizer, str):
         if normalizer == "positives":
             return Divisor(ops.COUNT_POSITIVES)
@@ -485,6 +488,15 @@ def resolve_normalizer(
         divisor = normalizer.detach().to(like.device, torch.float64, non_blocking=True)
         return Divisor(factor=divisor.contiguous())
     return Divisor(number=1.0 if normalizer is None else float(normalizer))
+
+
+def divisor_of_soft_targets(normalizer: str, positive: float, targets: Levels, like: Tensor) -> Tensor:
+    """What the targets that are a positive's come to, counted as labels are: in all, or (N,)."""
+    found = [t == positive for t in as_levels("targets", targets)]
+    if normalizer == "positives" or like.dim() == 2:
+        return torch.stack([t.sum(dtype=torch.float64) for t in found]).sum().clamp(min=1)
+    by_image = torch.stack([t.flatten(1).sum(1, dtype=torch.float64) for t in found]).sum(0)
+    return by_image.clamp(min=1) * max(1, ops.images(like))
 
 
 def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None) -> Divisor:
@@ -506,7 +518,7 @@ def check_normalizer(
 ) -> None:
     checks.normalizer("normalizer", normalizer, loss.takes_scores)
     if isinstance(normalizer, str):
-        if soft:
+        if soft and (loss.positive_target is None or normalizer == "scores"):
             raise ValueError(
                 f"normalizer: {normalizer!r} counts labels, but the targets are soft; expected a number, a tensor or None "
                 "(for one, normalizer=soft_targets.sum())"

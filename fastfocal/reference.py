@@ -91,10 +91,12 @@ def pyramid_loss(loss: Loss, options: Options, inputs: Inputs) -> Tensor | list[
         divisor: float | Tensor = _count_logits(ignored, counted, present).clamp(min=1)
     else:
         check_normalizer(loss, inputs.normalizer, levels[0], soft, scores is not None)
-        positives = None if soft else dense
-        if positives is not None and options.background_is_class and options.background_index >= 0:
+        positives = dense
+        if soft:  # the check has let no string through where nothing counts
+            positives = [] if loss.positive_target is None else [torch.eq(t, loss.positive_target) for t in dense]
+        elif options.background_is_class and options.background_index >= 0:
             without = torch.arange(num_classes, device=levels[0].device) != options.background_index
-            positives = [one_hot & without for one_hot in positives]
+            positives = [one_hot & without for one_hot in dense]
         divisor = _resolve_divisor(inputs.normalizer, positives, scores, _num_images(levels[0]), dtype)
 
     positive, negative = _weights(loss, inputs, num_classes, levels[0].device)
@@ -335,23 +337,22 @@ def _split_soft_targets(targets: list[Tensor], levels: list[Tensor]) -> list[Ten
 
 def _resolve_divisor(
     normalizer: str | float | Tensor | None,
-    one_hot: list[Tensor] | None,
+    positive: list[Tensor],
     scores: list[Tensor] | None,
     num_images: int,
     dtype: torch.dtype,
 ) -> float | Tensor:
-    """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `one_hot` is None for soft targets."""
+    """What the loss is divided by: a number, a 0-d tensor, or (N, 1, 1). `positive`: of each level, (N, M, K)."""
     if normalizer is None:
         return 1.0
     if isinstance(normalizer, str):
-        assert one_hot is not None
         if normalizer == "scores":
             assert scores is not None
             of_positives = [
-                (score.double() * target.any(-1)).sum() for score, target in zip(scores, one_hot, strict=True)
+                (score.double() * target.any(-1)).sum() for score, target in zip(scores, positive, strict=True)
             ]
             return torch.stack(of_positives).sum().clamp(min=1).to(dtype)
-        positives = torch.stack([target.sum(dim=(1, 2)) for target in one_hot]).sum(dim=0)  # (N,)
+        positives = torch.stack([target.sum(dim=(1, 2)) for target in positive]).sum(dim=0)  # (N,)
         if normalizer == "positives":
             return positives.sum().clamp(min=1)
         return (num_images * positives.clamp(min=1)).reshape(num_images, 1, 1)

@@ -3,12 +3,8 @@
 #include "dispatch.h"
 #include "losses/asymmetric.h"
 #include "losses/bce.h"
-#include "losses/focal.h"
 #include "losses/gaussian_focal.h"
-#include "losses/iou_aware_bce.h"
-#include "losses/matchability_aware.h"
-#include "losses/quality_focal.h"
-#include "losses/varifocal.h"
+#include "losses/scored_focal.h"
 
 namespace fastfocal {
 namespace FASTFOCAL_ISA {
@@ -58,36 +54,40 @@ void evaluate_all(const LossParams& params, How how, long n, const S* x, const S
   }
 }
 
-enum Kind { kVarifocal, kQualityFocal, kMatchabilityAware, kIouAwareBce, kBce, kGaussianFocal, kAsymmetric };
+// Which struct: the one for any exponent, for the usual ones, and for four of the losses the two that they share.
+enum Which { kAny, kUsual, kSharedAny, kSharedUsual };
 
-// The struct that the registry would choose, or, not `fast`, the one for any exponent.
 template <class V, class S>
-bool run(int kind, bool fast, const double* values, How how, long n, const S* x, const S* y, S* loss, S* grad) {
+bool run(int kind, Which which, const double* values, How how, long n, const S* x, const S* y, S* loss, S* grad) {
   LossParams params = {};
+  params.kind = LossKind(kind);
   for (size_t i = 0; i < kMaxLossParameters; ++i) params.value[i] = values[i];
   const auto with = [&](auto type) {
     evaluate_all<typename decltype(type)::type, V, S>(params, how, n, x, y, loss, grad);
     return true;
   };
-  constexpr Gamma kTwo = Gamma::kTwo, kAny = Gamma::kAny;
-  switch (kind) {
-    case kVarifocal:
-      return fast ? with(Type<Varifocal<S, kTwo>>()) : with(Type<Varifocal<S, kAny>>());
-    case kQualityFocal:
+  const auto either = [&](auto usual, auto any) { return which == kUsual ? with(usual) : with(any); };
+  constexpr Gamma kTwo = Gamma::kTwo;
+  if (which == kSharedAny) return with(Type<ScoredFocal<S, Gamma::kAny>>());
+  if (which == kSharedUsual) return with(Type<ScoredFocal<S, kTwo>>());
+  switch (params.kind) {
+    case LossKind::kVarifocal:
+      return either(Type<Varifocal<S, kTwo>>(), Type<Varifocal<S, Gamma::kAny>>());
+    case LossKind::kQualityFocal:
       if (values[1] != 0)
-        return fast ? with(Type<QualityFocalActivated<S, kTwo>>()) : with(Type<QualityFocalActivated<S, kAny>>());
-      return fast ? with(Type<QualityFocal<S, kTwo>>()) : with(Type<QualityFocal<S, kAny>>());
-    case kMatchabilityAware:
-      return fast ? with(Type<MatchabilityAware<S, kTwo>>()) : with(Type<MatchabilityAware<S, kAny>>());
-    case kIouAwareBce:
-      return fast ? with(Type<IouAwareBce<S, kTwo>>()) : with(Type<IouAwareBce<S, kAny>>());
-    case kBce:
+        return either(Type<QualityFocalActivated<S, kTwo>>(), Type<QualityFocalActivated<S, Gamma::kAny>>());
+      return either(Type<QualityFocal<S, kTwo>>(), Type<QualityFocal<S, Gamma::kAny>>());
+    case LossKind::kMatchabilityAware:
+      return either(Type<MatchabilityAware<S, kTwo>>(), Type<MatchabilityAware<S, Gamma::kAny>>());
+    case LossKind::kIouAwareBce:
+      return either(Type<IouAwareBce<S, kTwo>>(), Type<IouAwareBce<S, Gamma::kAny>>());
+    case LossKind::kBce:
       return with(Type<Bce<S>>());
-    case kGaussianFocal:
-      return fast ? with(Type<GaussianFocal<S, kTwo>>()) : with(Type<GaussianFocal<S, kAny>>());
-    case kAsymmetric:
-      if (values[2] != 0) return fast ? with(Type<Asymmetric<S, true, kTwo>>()) : with(Type<Asymmetric<S, true, kAny>>());
-      return fast ? with(Type<Asymmetric<S, false, kTwo>>()) : with(Type<Asymmetric<S, false, kAny>>());
+    case LossKind::kGaussianFocal:
+      return either(Type<GaussianFocal<S, kTwo>>(), Type<GaussianFocal<S, Gamma::kAny>>());
+    case LossKind::kAsymmetric:
+      if (values[2] != 0) return either(Type<Asymmetric<S, true, kTwo>>(), Type<Asymmetric<S, true, Gamma::kAny>>());
+      return either(Type<Asymmetric<S, false, kTwo>>(), Type<Asymmetric<S, false, Gamma::kAny>>());
     default:
       return false;
   }
@@ -99,17 +99,18 @@ bool run(int kind, bool fast, const double* values, How how, long n, const S* x,
 #define FASTFOCAL_EXPORT extern "C" __attribute__((visibility("default")))
 
 using fastfocal::FASTFOCAL_ISA::How;
+using fastfocal::FASTFOCAL_ISA::Which;
 
-FASTFOCAL_EXPORT bool evaluate_double(int kind, bool fast, const double* values, int how, long n, const double* x,
+FASTFOCAL_EXPORT bool evaluate_double(int kind, int which, const double* values, int how, long n, const double* x,
                                       const double* y, double* loss, double* grad) {
-  return fastfocal::FASTFOCAL_ISA::run<double, double>(kind, fast, values, How(how), n, x, y, loss, grad);
+  return fastfocal::FASTFOCAL_ISA::run<double, double>(kind, Which(which), values, How(how), n, x, y, loss, grad);
 }
-FASTFOCAL_EXPORT bool evaluate_float(int kind, bool fast, const double* values, int how, long n, const float* x,
+FASTFOCAL_EXPORT bool evaluate_float(int kind, int which, const double* values, int how, long n, const float* x,
                                      const float* y, float* loss, float* grad) {
-  return fastfocal::FASTFOCAL_ISA::run<float, float>(kind, fast, values, How(how), n, x, y, loss, grad);
+  return fastfocal::FASTFOCAL_ISA::run<float, float>(kind, Which(which), values, How(how), n, x, y, loss, grad);
 }
-FASTFOCAL_EXPORT bool evaluate_vector(int kind, bool fast, const double* values, int how, long n, const float* x,
+FASTFOCAL_EXPORT bool evaluate_vector(int kind, int which, const double* values, int how, long n, const float* x,
                                       const float* y, float* loss, float* grad) {
-  return fastfocal::FASTFOCAL_ISA::run<fastfocal::FASTFOCAL_ISA::Vec, float>(kind, fast, values, How(how), n, x, y, loss,
-                                                                             grad);
+  return fastfocal::FASTFOCAL_ISA::run<fastfocal::FASTFOCAL_ISA::Vec, float>(kind, Which(which), values, How(how), n, x, y,
+                                                                             loss, grad);
 }

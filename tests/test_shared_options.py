@@ -32,6 +32,18 @@ ROWS = [ROW, [1.0, 0.25, 4.0, 2.0, 0.0]]
 ALPHA = [0.1, 0.2, 0.3, 0.4, 0.5]
 MASK = torch.tensor([[True, False, True, True, False], [False, True, True, False, True]])
 members = pytest.mark.parametrize("member", LOSSES, ids=lambda member: member.parameters.name)
+labelled_members = pytest.mark.parametrize(
+    "member",
+    [member for member in LOSSES if member.parameters.targets != "soft"],
+    ids=lambda member: member.parameters.name,
+)
+
+
+def alphas(member: Member, *alphas: Any) -> list[dict[str, Any]]:
+    """Options with each of these, of losses whose alpha is a share of positives; without, of others."""
+    if member.parameters not in (fastfocal.losses.FocalLoss, fastfocal.losses.FocalLossStar):
+        return [{}]
+    return [{"alpha": alpha} for alpha in alphas]
 
 
 def problem(
@@ -78,25 +90,22 @@ CLASS_WEIGHTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("alpha", [0.25, None, ALPHA, torch.tensor(ALPHA)], ids=["one", "none", "numbers", "tensor"])
 @pytest.mark.parametrize("given", CLASS_WEIGHTS)
-@members
-def test_class_weight_means_factors(member: Member, given: str, alpha: Any) -> None:
+@labelled_members
+def test_class_weight_means_factors(member: Member, given: str) -> None:
     """The reference against its own elementwise losses, times the factor that belongs to class and target."""
     levels, labels = problem()
-    options: dict[str, Any] = {"num_classes": K, "alpha": alpha, "normalizer": None, "reduction": "none"}
     slow = getattr(reference, member.parameters.name)
     rows = torch.tensor(
         CLASS_WEIGHTS[given] if isinstance(CLASS_WEIGHTS[given], list) else CLASS_WEIGHTS[given].tolist()
     )
     positive, negative = rows.double().expand(2, K)
-    for got, plain, label, (h, w) in zip(
-        slow(levels, labels, class_weight=CLASS_WEIGHTS[given], **options),
-        slow(levels, labels, **options),
-        labels,
-        SIZE.cells,
-        strict=True,
-    ):
+    pairs = []
+    for alpha in alphas(member, 0.25, None, ALPHA, torch.tensor(ALPHA)):
+        options: dict[str, Any] = {"num_classes": K, "normalizer": None, "reduction": "none", **alpha}
+        weighted = slow(levels, labels, class_weight=CLASS_WEIGHTS[given], **options)
+        pairs += zip(weighted, slow(levels, labels, **options), labels, SIZE.cells, strict=True)
+    for got, plain, label, (h, w) in pairs:
         one_hot = nn.functional.one_hot(label.clamp(0, K), K + 1)[..., :K].double()
         factor = one_hot * positive + (1 - one_hot) * negative  # (N, M, K)
         as_logits = factor.view(2, h, w, 2, K).permute(0, 3, 4, 1, 2).reshape(plain.shape)
@@ -106,12 +115,14 @@ def test_class_weight_means_factors(member: Member, given: str, alpha: Any) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("given", CLASS_WEIGHTS)
-@members
+@labelled_members
 def test_class_weight(backend: Backend, member: Member, given: str, layout: str, dtype: torch.dtype) -> None:
     levels, labels = (move(part, backend.device) for part in problem(dtype, layout))
     weight = move(CLASS_WEIGHTS[given], backend.device)
     compare(member, levels, labels, RELATIVE[dtype], num_classes=K, class_weight=weight)
-    compare(member, levels, labels, RELATIVE[dtype], num_classes=K, class_weight=weight, alpha=ALPHA, reduction="level")
+    for alpha in alphas(member, ALPHA):
+        options = {"num_classes": K, "class_weight": weight, "reduction": "level", **alpha}
+        compare(member, levels, labels, RELATIVE[dtype], **options)
 
 
 @pytest.mark.parametrize("given", CLASS_WEIGHTS)
@@ -125,7 +136,7 @@ def test_class_weight_of_soft_targets(backend: Backend, member: Member, given: s
 
 
 @pytest.mark.parametrize("given", CLASS_WEIGHTS)
-@members
+@labelled_members
 def test_class_weight_of_a_module(member: Member, given: str) -> None:
     """Kept as a buffer, no part of the state, in float64; and it can be set later."""
     levels, labels = problem(torch.float32)
@@ -190,7 +201,7 @@ def without_absent(levels: list[Tensor], bad: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("reduction", ["sum", "level", "image", "none", "mean"])
-@members
+@labelled_members
 def test_class_mask_means_that_classes_are_absent(member: Member, reduction: str, bad: float) -> None:
     """The reference, image by image and class by class: the others as if these were not there, and the absent nothing."""
     levels, labels = problem()
@@ -227,7 +238,7 @@ def mask_of(form: str) -> Tensor:
 @MASKED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
-@members
+@labelled_members
 def test_class_mask(backend: Backend, member: Member, layout: str, dtype: torch.dtype, form: str) -> None:
     levels, labels = (move(part, backend.device) for part in problem(dtype, layout))
     mask = move(mask_of(form), backend.device)
@@ -237,7 +248,7 @@ def test_class_mask(backend: Backend, member: Member, layout: str, dtype: torch.
 
 @pytest.mark.parametrize("mode", ["save", "recompute", "inplace"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@members
+@labelled_members
 def test_absent_classes_leave_no_trace(backend: Backend, member: Member, bad: float, mode: str) -> None:
     levels, labels = problem(torch.float32)
     results = []
@@ -255,13 +266,17 @@ def test_absent_classes_leave_no_trace(backend: Backend, member: Member, bad: fl
 
 
 @members
-def test_class_mask_of_soft_targets_and_of_one_image(backend: Backend, member: Member) -> None:
+def test_class_mask_of_soft_targets(backend: Backend, member: Member) -> None:
     levels, _ = problem()
     soft = [x.sigmoid().roll(1, -1) for x in levels]
-    mask = move(MASK, backend.device)
     for options in ({"normalizer": 3.0}, {"reduction": "mean"}):
         given = move(levels, backend.device), move(soft, backend.device)
-        compare(member, *given, 1e-12, num_classes=K, class_mask=mask, **options)
+        compare(member, *given, 1e-12, num_classes=K, class_mask=move(MASK, backend.device), **options)
+
+
+@labelled_members
+def test_class_mask_of_one_image(backend: Backend, member: Member) -> None:
+    mask = move(MASK, backend.device)
     rows = move(torch.randn(7, K, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), backend.device)
     labels = move(torch.tensor([0, 5, 1, 4, -1, 5, 3]), backend.device)
     compare(member, [rows], [labels], 1e-12, class_mask=mask[0], reduction="mean")
@@ -433,7 +448,7 @@ def test_unknown_keywords_are_refused_as_python_does(member: Member) -> None:
         (lambda: member.function(levels, labels, num_classes=K, gama=2.0), rf"{name}\(\)"),
         (lambda: getattr(reference, name)(levels, labels, num_classes=K, gama=2.0), rf"{name}\(\)"),
         (lambda: member.module(K, gama=2.0), rf"{member.module.__name__}.__init__\(\)"),
-        (lambda: getattr(reference, member.module.__name__)(K, gama=2.0), r"FocalLoss\w*.__init__\(\)"),
+        (lambda: getattr(reference, member.module.__name__)(K, gama=2.0), r"\w*Loss\w*.__init__\(\)"),
     ):
         with pytest.raises(TypeError, match=rf"^{said} got an unexpected keyword argument 'gama'"):
             call()

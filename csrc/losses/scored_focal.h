@@ -55,7 +55,7 @@ struct ScoredFocal : Focal<S, kGamma, false, kAccuracy> {
   }
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
-    return select_term(V(S(0)) < y, positive(x, y), this->negative(x, e, this->logarithm(e)));
+    return select_term(is_negative_target(y), this->negative(x, e, this->logarithm(e)), positive(x, y));
   }
 };
 

@@ -38,6 +38,7 @@ class Loss:
     targets: ClassVar[Literal["either", "labels", "soft"]] = "either"
     takes_anchors: ClassVar[bool] = False  # an anchor's classes together: one loss for each anchor
     options: ClassVar[type[Options]] = Options
+    positive_target: ClassVar[float | None] = None  # what a soft target is where normalizers count a positive
 
     def weights(self, num_classes: int, device: torch.device) -> tuple[Weight, Weight]:
         """Of positives and of negatives; numbers for each class are checked here, and tensors come on the device."""
