@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,6 +169,127 @@ def table(middles: Tensor, found: Errors) -> str:
     return "\n".join(lines)
 
 
+# --- the other losses -------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parents[1] / "tests"
+ROWS = 100_000
+FARTHEST = 28.0  # to which the promise goes
+
+
+@dataclass(frozen=True)
+class Found:
+    """The largest errors of one loss: relative, and in units of what is promised."""
+
+    relative: float
+    promised: float
+
+    def __str__(self) -> str:
+        return f"{self.relative:.1e} | {self.promised:.2f}"
+
+
+def member_calls() -> Iterator[tuple[str, str, dict[str, Any], str, tuple[str, tuple[float, ...]], float]]:
+    """Function, what is measured of it, options, targets, the oracle with its numbers, and the gamma that the promise goes by.
+
+    A weight of 1 for both classes: the formula alone.
+    """
+    for targets in ("negatives", "positives"):
+        yield "varifocal_loss", targets, {"alpha": 1.0}, targets, ("varifocal", (2.0,)), 2.0
+        yield "quality_focal_loss", targets, {}, targets, ("quality_focal", (2.0,)), 2.0
+        yield "matchability_aware_loss", targets, {}, targets, ("matchability_aware", (1.5,)), 1.5
+        yield "iou_aware_bce_loss", targets, {}, targets, ("iou_aware_bce", (0.25, 2.0)), 2.0
+        yield "bce_loss", targets, {}, targets, ("bce", ()), 2.0
+    yield "gaussian_focal_loss", "heatmap", {}, "heatmap", ("gaussian_focal", (2.0, 4.0, 0.0)), 2.0
+    yield "asymmetric_loss", "negatives", {}, "negatives", ("asymmetric_loss", (1.0, 4.0, 0.05)), 0.0
+    yield "asymmetric_loss", "multi-hot", {}, "multi-hot", ("asymmetric_loss", (1.0, 4.0, 0.05)), 0.0
+
+
+def largest_errors(got: Tensor, want: Any, bound: Any, dtype: torch.dtype) -> Found:
+    """`bound`: of a result that is not rounded to 16 bits yet."""
+    from cases import SIXTEEN_BIT, SMALLEST, half_ulp, to_numpy
+
+    want, have = np.asarray(want, dtype=np.float64), to_numpy(got)
+    bound = np.asarray(bound, dtype=np.float64) + SMALLEST[torch.float32]
+    if dtype in SIXTEEN_BIT:
+        bound = bound + half_ulp(np.abs(want) + bound, dtype)
+    error = np.abs(have - want)
+    normal = np.abs(want) > torch.finfo(dtype).tiny
+    return Found(float((error[normal] / np.abs(want[normal])).max()), float((error / bound).max()))
+
+
+def measure_member(
+    name: str,
+    options: dict[str, Any],
+    targets: str,
+    oracle: tuple[str, tuple[float, ...]],
+    gamma: float,
+    dtype: torch.dtype,
+) -> tuple[Found, Found]:
+    """Of the loss and of the gradient of logits up to 28, against extended precision."""
+    import oracle_losses
+    from cases import tolerance
+
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(ROWS, 1, generator=generator, dtype=torch.float64) * 2 - 1).mul(FARTHEST).to(dtype)
+    draw = torch.rand(ROWS, 1, generator=generator).to(dtype)
+    x.requires_grad_()
+    y: Tensor = draw
+    if targets in ("negatives", "positives"):
+        labels = torch.full((ROWS,), int(targets == "negatives"))
+        given: dict[str, Any] = {"normalizer": None, **options}
+        if targets == "positives":
+            y = draw.float()
+            given["scores"] = y.flatten()
+        loss = getattr(fastfocal, name)(x, labels, reduction="none", **given)
+    else:
+        y = (draw < 0.5).to(dtype) if targets == "multi-hot" else torch.where(draw < 0.2, 1.0, draw).to(dtype)
+        loss = getattr(fastfocal, name)(x, y, reduction="none", normalizer=None, **options)
+    (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    of_oracle = getattr(oracle_losses, oracle[0])(*oracle[1])
+    how = {"negatives": "negative", "positives": "positive"}.get(targets, "dense")
+    exact = [t.detach().double().numpy().astype(np.longdouble) for t in (x, y)]
+    right = getattr(of_oracle, how)(*exact[: 1 if how == "negative" else 2], relative=tolerance(dtype, gamma))
+    return (
+        largest_errors(loss, right.loss, right.loss_bound, dtype),
+        largest_errors(gradient, right.gradient, right.gradient_bound, dtype),
+    )
+
+
+def measure_softmax(dtype: torch.dtype, classes: int = 80) -> tuple[Found, Found]:
+    """Of rows whose logits are up to 28 apart; the gradients' terms cancel, so their sizes are what the promise goes by."""
+    import oracle_softmax
+    from cases import tolerance
+
+    generator = torch.Generator().manual_seed(0)
+    rows = ROWS // classes
+    x = (torch.rand(rows, classes, generator=generator, dtype=torch.float64) * FARTHEST).to(dtype).requires_grad_()
+    labels = torch.randint(classes, (rows,), generator=generator)
+    loss = fastfocal.softmax_focal_loss(x, labels, reduction="none", normalizer=None)
+    (gradient,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    of_loss, of_gradient, size = oracle_softmax.softmax_focal(x.detach().double().numpy(), labels.numpy())
+    promised = tolerance(dtype, 2.0)
+    return (
+        largest_errors(loss, of_loss, promised * of_loss, dtype),
+        largest_errors(gradient, of_gradient, promised * size, dtype),
+    )
+
+
+def table_of_members() -> str:
+    sys.path.insert(0, str(TESTS))  # the oracles are the tests' own
+    lines = ["| | of | dtype | loss | of the promise | gradient | of the promise |", "|---|---|---|--:|--:|--:|--:|"]
+    kinds = [(name, *rest) for name, *rest in member_calls() if hasattr(fastfocal, name)]
+    for dtype in (torch.float32, torch.bfloat16):
+        words = str(dtype).removeprefix("torch.")
+        for name, of, options, targets, oracle, gamma in kinds:
+            loss, gradient = measure_member(name, options, targets, oracle, gamma, dtype)
+            lines.append(f"| `{name}` | {of} | {words} | {loss} | {gradient} |")
+        if hasattr(fastfocal, "softmax_focal_loss"):
+            loss, gradient = measure_softmax(dtype)
+            lines.append(f"| `softmax_focal_loss` | rows of 80 classes | {words} | {loss} | {gradient} |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
 PAGE = """# Accuracy
 
 ![Relative error of loss and gradient over the logit](accuracy.png)
@@ -184,6 +308,16 @@ The largest error, of both kinds of anchors:
 
 {table}
 
+## The other losses
+
+The largest relative error of {rows} logits between -{farthest:g} and {farthest:g}, against the formulas in extended precision
+(`tests/oracle_losses.py`, `tests/oracle_softmax.py`), with the defaults of each and no weights. Beside it the largest error in
+units of what is promised: 1 would be all of it. Where the formula itself subtracts, as p - s of a score or p - clip, a result
+near 0 has few digits, whoever computes it: there the promise is what two rounded numbers leave of their difference. bfloat16 is
+rounded once.
+
+{members}
+
 {machine}. Made by `python -m benchmarks.accuracy`.
 
 What is promised for all options and gammas is in the [using it](usage.md#accuracy), what is tested in
@@ -199,7 +333,10 @@ def main() -> None:
     machine = describe(torch.device("cpu"), "torchvision", "fvcore")
     out.mkdir(parents=True, exist_ok=True)
     draw(middles, found, out / "accuracy.png", machine)
-    page = PAGE.format(gamma=GAMMA, alpha=ALPHA, points=POINTS, table=table(middles, found), machine=machine)
+    page = PAGE.format(
+        **{"gamma": GAMMA, "alpha": ALPHA, "points": POINTS, "table": table(middles, found), "machine": machine},
+        **{"members": table_of_members(), "rows": f"{ROWS:,}", "farthest": FARTHEST},
+    )
     (out / "accuracy.md").write_text(page)
     print(page)
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfocal import reference
+from fastfocal.losses import LOSSES
 
 ALPHA = 0.25
+MEMBERS = {member.parameters.name: member for member in LOSSES}
+# Of the other losses: the defaults, which are their projects' own.
+OPTIONS: dict[str, Mapping[str, Any]] = {name: {} for name in MEMBERS if name != "focal_loss"}
 LOGIT_MEAN = -4.0  # randn - 4: a detector in training, nearly everything a confident negative
 POSITIVE, IGNORED = 0.005, 0.01  # shares of the anchors
+MULTI_HOT = 0.03  # of the logits: two or three labels of 80
 # float16 is trained with a loss scale. Without one most gradients, divided by the positives, round to zero.
 LOSS_SCALE = {torch.float16: 65536.0}
 
@@ -72,17 +79,20 @@ class Case:
     layout: str = "nchw"  # or "channels_last", both (N, A*K, H, W); or "flattened", (N, M, K)
     gamma: float = 2.0
     grad_mode: str = "save"
-    targets: str = "labels"  # or "soft"
+    # "labels"; "classes": labels without a background. Dense ones, shaped as the logits: "soft": a score at each positive;
+    # "heatmap": 1 at peaks, less beside them; "multi-hot": 0 and 1
+    targets: str = "labels"
     threads: int | None = None  # None: as torch is set
     # "reduced"; "weighted": with a weight (of 1) for each anchor; "unreduced": a loss for each logit, then their sum
     form: str = "reduced"
+    loss: str = "focal_loss"  # the function's name; any other has its options in OPTIONS, and `gamma` means nothing
 
     @property
     def name(self) -> str:
-        """The group's name: pyramid, dtype, layout, gamma, grad mode, and what else is out of the ordinary."""
+        """The group's name: pyramid, dtype, layout, gamma (or loss), grad mode, and what else is out of the ordinary."""
         parts = [self.pyramid.name, str(self.dtype).removeprefix("torch."), self.layout]
-        parts += [f"gamma {self.gamma:g}", self.grad_mode]
-        parts += ["soft targets"] if self.targets == "soft" else []
+        parts += [f"gamma {self.gamma:g}" if self.loss == "focal_loss" else self.loss, self.grad_mode]
+        parts += [f"{self.targets} targets"] if self.is_dense else []
         parts += [self.form] if self.form != "reduced" else []
         parts += [f"threads {self.threads}"] if self.threads else []
         return ", ".join(parts)
@@ -90,10 +100,20 @@ class Case:
     @property
     def key(self) -> str:
         """The same, short."""
-        parts = [self.pyramid.key, str(self.dtype).removeprefix("torch."), self.layout, f"{self.gamma:g}"]
-        parts += [self.grad_mode] + (["soft"] if self.targets == "soft" else [])
+        parts = [self.pyramid.key, str(self.dtype).removeprefix("torch."), self.layout]
+        parts += [f"{self.gamma:g}" if self.loss == "focal_loss" else self.loss]
+        parts += [self.grad_mode] + ([self.targets] if self.is_dense else [])
         parts += [self.form] if self.form != "reduced" else []
         return "-".join(parts + ([f"threads{self.threads}"] if self.threads else []))
+
+    @property
+    def is_dense(self) -> bool:
+        return self.targets in ("soft", "heatmap", "multi-hot")
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Of the loss itself."""
+        return {"alpha": ALPHA, "gamma": self.gamma} if self.loss == "focal_loss" else OPTIONS[self.loss]
 
     @property
     def logit_bytes(self) -> int:
@@ -105,7 +125,7 @@ class Case:
         "recompute" reads logits and targets in both directions. "inplace" moves what "save" does. Unreduced: the losses are
         written and read too.
         """
-        targets = self.logit_bytes if self.targets == "soft" else self.pyramid.all_anchors * 8
+        targets = self.logit_bytes if self.is_dense else self.pyramid.all_anchors * 8
         reads = 2 if self.grad_mode == "recompute" else 1
         losses = 2 * self.logit_bytes if self.form == "unreduced" else 0
         weights = self.pyramid.all_anchors * 4 if self.form == "weighted" else 0
@@ -121,6 +141,7 @@ class Inputs:
     soft: list[Tensor] | None
     positives: int
     weights: Tensor  # (N, sum M), all 1
+    scores: Tensor | None = None  # (N, sum M), where the loss takes them
 
     @property
     def targets(self) -> Tensor | list[Tensor]:
@@ -156,8 +177,10 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     labels = torch.randint(pyramid.classes, kind.shape, generator=generator, device=device)
     if kind.numel() < 1000:
         kind[0, 0] = 0  # at least one positive
-    labels[kind >= POSITIVE] = pyramid.classes
-    labels[kind >= 1 - IGNORED] = -1
+    if case.targets != "classes":
+        labels[kind >= POSITIVE] = pyramid.classes
+    if case.loss == "focal_loss":  # the assigners of the other losses' heads ignore no anchor
+        labels[kind >= 1 - IGNORED] = -1
     positives = int(((labels >= 0) & (labels < pyramid.classes)).sum())
 
     levels: list[Tensor] = []
@@ -172,8 +195,20 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
             score = torch.rand(len(image), generator=generator, device=device).to(case.dtype)
             target[image, anchor, of_level[image, anchor]] = score
             soft.append(lay_out(target, case, cells))
+        elif case.is_dense:
+            values = torch.rand(rows.shape, generator=generator, device=device)
+            if case.targets == "multi-hot":
+                target = (values < MULTI_HOT).to(case.dtype)
+            else:  # nearly everything far from a peak; and peaks at the positives' classes
+                target = values.pow_(8).mul_(0.99).to(case.dtype)
+                image, anchor = ((of_level >= 0) & (of_level < pyramid.classes)).nonzero(as_tuple=True)
+                target[image, anchor, of_level[image, anchor]] = 1
+            soft.append(lay_out(target, case, cells))
     weights = torch.ones(labels.shape if case.form == "weighted" else (0,), device=device)
-    return Inputs(levels, labels, soft or None, positives, weights)
+    scores = None
+    if MEMBERS[case.loss].parameters.takes_scores:
+        scores = torch.rand(labels.shape, generator=generator, device=device)
+    return Inputs(levels, labels, soft or None, positives, weights, scores)
 
 
 # --- the right answer ---------------------------------------------------------------------------------------------
@@ -219,6 +254,8 @@ def _answer(case: Case, inputs: Inputs) -> Answer:
     loss = 0.0
     gradients = []
     per_level = inputs.labels.split(pyramid.level_anchors, dim=1)
+    loss_function = getattr(reference, case.loss)
+    scores = None if inputs.scores is None else inputs.scores.double().split(pyramid.level_anchors, dim=1)
     for index, (level, labels) in enumerate(zip(inputs.levels, per_level, strict=True)):
         rows = flatten(level.detach(), pyramid.classes)
         targets = labels if inputs.soft is None else flatten(inputs.soft[index], pyramid.classes)
@@ -229,7 +266,8 @@ def _answer(case: Case, inputs: Inputs) -> Answer:
                 piece = (image, slice(begin, begin + chunk))
                 x = rows[piece].double().requires_grad_()
                 target = targets[piece] if inputs.soft is None else targets[piece].double()
-                part = reference.focal_loss(x, target, alpha=ALPHA, gamma=case.gamma, normalizer=normalizer)
+                scored = {} if scores is None else {"scores": scores[index][piece]}
+                part = loss_function(x, target, normalizer=normalizer, **case.options, **scored)
                 gradient[piece] = torch.autograd.grad(part, x)[0]
                 loss += float(part.detach())
         gradients.append(gradient)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fastfocal
-from benchmarks.cases import ALPHA, LOSS_SCALE, Case, Inputs, flatten
+from benchmarks.cases import ALPHA, LOSS_SCALE, MEMBERS, Case, Inputs, flatten
 from fastfocal import reference
 
 # (case, levels, inputs) -> loss
@@ -25,30 +25,35 @@ LossFunction = Callable[[Case, list[Tensor], Inputs], Tensor]
 # --- losses -------------------------------------------------------------------------------------------------------
 
 
+def normalizer_of(inputs: Inputs) -> str | float:
+    """Strings count positives, which dense targets have not."""
+    return "positives" if inputs.soft is None else float(max(1, inputs.positives))
+
+
+def scores_of(inputs: Inputs) -> dict[str, Tensor]:
+    return {} if inputs.scores is None else {"scores": inputs.scores}
+
+
 def fast(case: Case) -> LossFunction:
-    criterion = fastfocal.FastFocalLoss(
+    criterion = MEMBERS[case.loss].module(
         case.pyramid.classes,
-        alpha=ALPHA,
-        gamma=case.gamma,
+        **case.options,
         grad_mode=case.grad_mode,
         reduction="none" if case.form == "unreduced" else "sum",
     )
 
     def loss(_: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
         weight = inputs.weights if case.form == "weighted" else None
-        # Strings count positives, which soft targets have not.
-        normalizer = None if inputs.soft is None else float(max(1, inputs.positives))
-        found = criterion(levels, inputs.targets, weight, normalizer)
+        found = criterion(levels, inputs.targets, weight, normalizer_of(inputs), **scores_of(inputs))
         return torch.stack([level.sum() for level in found]).sum() if case.form == "unreduced" else found
 
     return loss
 
 
 def package_reference(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
-    normalizer = float(max(1, inputs.positives)) if inputs.soft is not None else "positives"
-    return reference.focal_loss(
-        levels, inputs.targets, num_classes=case.pyramid.classes, alpha=ALPHA, gamma=case.gamma, normalizer=normalizer
-    )
+    given = {"num_classes": case.pyramid.classes, "normalizer": normalizer_of(inputs), **scores_of(inputs)}
+    loss: Tensor = getattr(reference, case.loss)(levels, inputs.targets, **given, **case.options)
+    return loss
 
 
 def sigmoid_focal_loss(x: Tensor, targets: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -76,7 +81,7 @@ def _sum(x: Tensor, labels: Tensor, soft: Tensor | None, case: Case, formula: Fo
     return torch.where(labels == -1, 0.0, loss.sum(dim=-1)).sum()
 
 
-def _divide(loss: Tensor, case: Case, inputs: Inputs) -> Tensor:
+def divide(loss: Tensor, case: Case, inputs: Inputs) -> Tensor:
     if inputs.soft is not None:
         return loss / max(1, inputs.positives)
     labels = inputs.labels
@@ -90,14 +95,14 @@ def per_level(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
     for index, labels in enumerate(inputs.labels.split(case.pyramid.level_anchors, dim=1)):
         soft = None if inputs.soft is None else flatten(inputs.soft[index], k)
         sums.append(_sum(flatten(levels[index], k), labels, soft, case, sigmoid_focal_loss))
-    return _divide(torch.stack(sums).sum(), case, inputs)
+    return divide(torch.stack(sums).sum(), case, inputs)
 
 
 def _concatenated(case: Case, levels: list[Tensor], inputs: Inputs, formula: Formula) -> Tensor:
     k = case.pyramid.classes
     x = torch.cat([flatten(level, k) for level in levels], dim=1)
     soft = None if inputs.soft is None else torch.cat([flatten(level, k) for level in inputs.soft], dim=1)
-    return _divide(_sum(x, inputs.labels, soft, case, formula), case, inputs)
+    return divide(_sum(x, inputs.labels, soft, case, formula), case, inputs)
 
 
 def concatenated(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
@@ -304,25 +309,27 @@ class Row:
         return next((name for name in self.needs if importlib.util.find_spec(name) is None), None)
 
 
-def _plain(loss: LossFunction) -> Callable[[Case, list[Inputs]], Call]:
+def plain(loss: LossFunction) -> Callable[[Case, list[Inputs]], Call]:
     return lambda case, sets: Call(case, sets, loss)
 
 
-def _fast(case: Case, sets: list[Inputs]) -> Call:
+def fast_call(case: Case, sets: list[Inputs]) -> Call:
     return (InPlaceCall if case.grad_mode == "inplace" else Call)(case, sets, fast(case))
 
 
-def _compiled(loss: LossFunction, mode: str | None = None) -> Callable[[Case, list[Inputs]], Call]:
+def compiled(
+    loss: LossFunction, mode: str | None = None, fullgraph: bool = True
+) -> Callable[[Case, list[Inputs]], Call]:
     def make(case: Case, sets: list[Inputs]) -> Call:
         torch._dynamo.reset()
-        compiled = torch.compile(
-            lambda levels, inputs: loss(case, levels, inputs), fullgraph=True, dynamic=False, mode=mode
+        function = torch.compile(
+            lambda levels, inputs: loss(case, levels, inputs), fullgraph=fullgraph, dynamic=False, mode=mode
         )
 
         def run(_: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
             if mode is not None:  # its CUDA graphs may reuse what the last call returned
                 torch.compiler.cudagraph_mark_step_begin()
-            return compiled(levels, inputs)
+            return function(levels, inputs)
 
         return Call(case, sets, run)
 
@@ -334,24 +341,24 @@ def _replayed(make: Callable[[Case, list[Inputs]], Any]) -> Callable[[Case, list
 
 
 _ROWS = [
-    Row("fastfocal", _fast, memory=4),
+    Row("fastfocal", fast_call, memory=4),
     Row("copy", Copy, memory=4, checked=False),
     Row("copy_into", CopyInto, memory=4, checked=False),
     Row("mul_", Multiply, memory=0, checked=False),
     Row("operators", Operators, memory=4, checked=False),
-    Row("reference", _plain(package_reference), memory=110, slow=True),
-    Row("eager_per_level", _plain(per_level), memory=80, slow=True),
-    Row("eager_concatenated", _plain(concatenated), memory=80, slow=True),
-    Row("compile_per_level", _compiled(per_level), memory=16, slow=True),
-    Row("compile_concatenated", _compiled(concatenated), memory=16, slow=True),
-    Row("torchvision", _plain(torchvision_op), memory=80, slow=True, needs=("torchvision",)),
-    Row("compile_per_level_max_autotune", _compiled(per_level, "max-autotune"), memory=16, slow=True, only_cuda=True),
-    Row("triton", _plain(triton_one_pass), memory=4, needs=("triton",), only_cuda=True, only_labels=True),
-    Row("fastfocal_graph", _replayed(_fast), memory=4, only_cuda=True),
+    Row("reference", plain(package_reference), memory=110, slow=True),
+    Row("eager_per_level", plain(per_level), memory=80, slow=True),
+    Row("eager_concatenated", plain(concatenated), memory=80, slow=True),
+    Row("compile_per_level", compiled(per_level), memory=16, slow=True),
+    Row("compile_concatenated", compiled(concatenated), memory=16, slow=True),
+    Row("torchvision", plain(torchvision_op), memory=80, slow=True, needs=("torchvision",)),
+    Row("compile_per_level_max_autotune", compiled(per_level, "max-autotune"), memory=16, slow=True, only_cuda=True),
+    Row("triton", plain(triton_one_pass), memory=4, needs=("triton",), only_cuda=True, only_labels=True),
+    Row("fastfocal_graph", _replayed(fast_call), memory=4, only_cuda=True),
     Row("copy_graph", _replayed(Copy), memory=4, checked=False, only_cuda=True),
     Row(
         "triton_graph",
-        _replayed(_plain(triton_one_pass)),
+        _replayed(plain(triton_one_pass)),
         memory=4,
         needs=("triton",),
         only_cuda=True,

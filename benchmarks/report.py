@@ -23,6 +23,7 @@ from fastfocal.demo import style
 EAGER = "eager_per_level"
 LABELS = {
     "fastfocal": style.FAST_NAME,
+    "fastfocal focal_loss": "focal_loss, the same kind of targets",
     "copy": "copy of the logits",
     "copy_into": "copy into memory in use",
     "mul_": "mul_ in place",
@@ -57,7 +58,10 @@ class Result:
 
     @property
     def label(self) -> str:
-        return LABELS.get(self.row, self.row)
+        loss = self.info.get("loss", "focal_loss")
+        return (
+            f"fastfocal.{loss}" if self.row == "fastfocal" and loss != "focal_loss" else LABELS.get(self.row, self.row)
+        )
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -76,7 +80,8 @@ class Result:
     @property
     def problem(self) -> tuple[Any, ...]:
         """What an implementation without grad modes computes."""
-        return tuple(self.info[k] for k in ("pyramid", "dtype", "layout", "gamma", "targets", "form", "threads"))
+        names = ("pyramid", "dtype", "layout", "gamma", "targets", "form", "threads", "loss")
+        return tuple(self.info.get(name, "focal_loss") for name in names)  # older runs know one loss
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ def markdown(report: Report, pictures: list[str]) -> Iterator[str]:
         yield "kernels than can be enqueued beforehand: there the GPU may have waited for the host.\n"
     for picture in pictures:
         yield f"![{picture.removesuffix('.png')}]({picture})\n"
-    for group, results in report.groups("main", "large", "small", "scaling", "levels").items():
+    for group, results in report.groups("main", "large", "small", "scaling", "levels", "losses").items():
         yield f"## {group}\n"
         yield from table(report, results)
         yield ""

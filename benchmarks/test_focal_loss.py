@@ -6,6 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,7 +79,8 @@ def _answer(key: Case, device: torch.device) -> cases.Answer:
 
 def answer(case: Case, device: torch.device) -> cases.Answer:
     """Layout, grad mode and threads do not change it."""
-    key = Case("", case.pyramid, dtype=case.dtype, layout="flattened", gamma=case.gamma, targets=case.targets)
+    key = Case("", case.pyramid, dtype=case.dtype, layout="flattened", gamma=case.gamma)
+    key = replace(key, targets=case.targets, loss=case.loss)
     return _answer(key, device)
 
 
@@ -206,6 +208,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, row: Row, device: torch.dev
         grad_mode=case.grad_mode,
         targets=case.targets,
         form=case.form,
+        loss=case.loss,
         logits=case.pyramid.logits,
         levels=len(case.pyramid.cells),
         bytes_moved=case.bytes_moved(),

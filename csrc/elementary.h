@@ -10,6 +10,7 @@
 //   exp_of_multiple(c, a, b)        exp(gamma (a - b)) for c = Multiple(gamma), kExpLeast <= a <= 0, |b| <= log(2), a <= b,
 //   log1p_unit(e)                   log(1 + e) for e in [0, 1],      add_log1p_unit(e, x)   x + that,
 //   log_positive(w, &low)           log(w) for w > 0, less its low part,
+//   log_positive(w)                 log(w) for w > 0, exactly 0 for 1,
 //   product_error(a, b, ab)         a b - ab exactly, where ab is a b rounded.
 #pragma once
 
@@ -40,6 +41,7 @@ FASTFOCAL_HD double log_positive(double w, double* low) {
   *low = 0;
   return log(w);
 }
+FASTFOCAL_HD double log_positive(double w) { return log(w); }
 FASTFOCAL_HD double product_error(double a, double b, double ab) { return fma(a, b, -ab); }
 
 FASTFOCAL_HD float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -218,7 +220,14 @@ FASTFOCAL_HD V log_by_polynomial(V w, V* low) {
   *low = fused_multiply_add(f, log_polynomial(f), n * V(1.42860677e-6f));
   return n * V(0.693145752f);  // exact: ln 2's leading part has few bits
 }
+template <class V>
+FASTFOCAL_HD V log_by_polynomial(V w) {
+  V low;
+  const V high = log_by_polynomial(w, &low);
+  return high + low;
+}
 FASTFOCAL_HD float log_positive(float w, float* low) { return log_by_polynomial(w, low); }
+FASTFOCAL_HD float log_positive(float w) { return log_by_polynomial(w); }
 FASTFOCAL_HD float log1p_unit(float e) { return e * log1p_ratio_polynomial(e); }
 FASTFOCAL_HD float add_log1p_unit(float e, float x) { return fmaf(e, log1p_ratio_polynomial(e), x); }
 #ifndef __CUDA_ARCH__

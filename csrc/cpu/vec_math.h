@@ -84,7 +84,36 @@ inline Vec add_log1p_unit(Vec e, Vec x) {
   return fused_multiply_add(log.t, log.ratio, log.entry + x);
 }
 
+// log(w) = n ln(2) + log(c) + log(1 + t) for w = 2^n m with m in [3/4, 3/2), the multiple c of 1/32 that is nearest to m, and
+// t = m / c - 1, |t| <= 1/48. Near 1, n is 0 and c is 1: nothing cancels. log(1 + t) / t: 2.4e-7, and exactly 1 for 0.
+struct NearOne {
+  float entry[kEntries];
+  // The multiple of 1/32 in [3/4, 3/2] whose numerator ends in these five bits
+  constexpr explicit NearOne() : entry() {
+    for (int j = 0; j < kEntries; ++j) entry[j] = j <= 16 ? 32.0f / float(32 + j) : 32.0f / float(j);
+  }
+};
+alignas(64) constexpr NearOne kNearOne;  // their inverses
+// Minus the logarithms of these, as they are rounded. The seven that no m is nearest to are there as well.
+alignas(64) constexpr float kLogarithmsNearOne[kEntries] = {
+    0.0f,          0.030771628f,  0.0606246181f,  0.0896121562f, 0.117783025f,  0.145181984f,  0.171850249f,
+    0.19782573f,   0.223143533f,  0.247836202f,   0.271933705f,  0.295464218f,  0.318453699f,  0.340926558f,
+    0.362905473f,  0.384411722f,  0.405465066f,   -0.632522583f, -0.575364172f, -0.521296918f, -0.470003635f,
+    -0.421213478f, -0.374693483f, -0.33024171f,   -0.287682116f, -0.246860057f, -0.207639396f, -0.169899046f,
+    -0.133531436f, -0.098440066f, -0.0645385757f, -0.0317486674f};
+inline Vec log_positive(Vec w) {
+  constexpr float kParts = kWhole / 32;
+  Vec n, m;
+  split_exponent<0x3f400000>(w, &n, &m);
+  const Vec nearest = m + Vec(kParts);
+  const Vec t = fused_multiply_add(m, look_up(kNearOne.entry, nearest), Vec(-1.0f));
+  const Vec ratio = fused_multiply_add(t, fused_multiply_add(t, Vec(0.3333746f), Vec(-0.50004584f)), Vec(1.0f));
+  return fused_multiply_add(t, ratio, fused_multiply_add(n, Vec(0.693147181f), look_up(kLogarithmsNearOne, nearest)));
+}
+
 #else
+
+inline Vec log_positive(Vec w) { return log_by_polynomial(w); }
 
 // The steps of exp_by_polynomial() in elementary.h. Adding 1.5 * 2^23 + 127 leaves no bit for fractions, and n + 127 in the low
 // bits: an exponent, once shifted up.

@@ -46,21 +46,23 @@ struct Asymmetric {
     const V e = exponential(x);
     return negative(x, e, logarithm(e));
   }
-  // Without a clip the logarithm is wanted by positives too; with it, by them alone.
-  static constexpr bool kLogarithm = !kClip;
+  // Without a clip the logarithm is wanted by positives too. With one it is another logarithm, which is not known before x is
+  // looked at; then what comes early is 1 / (1 + e), with which the rest of a long chain begins.
+  static constexpr bool kLogarithm = true;
   template <class V>
   FASTFOCAL_HD V exponential(V x) const {
     return exp_nonpositive(minus_absolute(x));
   }
   template <class V>
   FASTFOCAL_HD V logarithm(V e) const {
+    if constexpr (kClip) return reciprocal(V(S(1)) + e);
     return log1p_unit(e);
   }
   template <class V>
   FASTFOCAL_HD Term<V> negative(V x, V e, V log) const {
     if constexpr (!kClip && kGamma == Gamma::kAny) return of_negative.negative(x, e, log);
     const V zero = V(S(0)), one = V(S(1));
-    const V r = reciprocal(one + e), er = e * r;
+    const V r = kClip ? log : reciprocal(one + e), er = e * r;
     const auto left = is_negative(x);
     const V p = select(left, er, r), q = select(left, r, er);
     V m, v, minus_log, ratio;  // ratio: p (1 - p) / v
@@ -69,9 +71,7 @@ struct Asymmetric {
       v = clamp_max(q + V(clip), one);
       const V inverse = reciprocal(v);
       const V lost = select(v < V(S(0.5)), zero, (one - v) - m);
-      V low;
-      const V high = log_positive(v, &low);
-      minus_log = zero - fused_multiply_add(lost, inverse, high + low);
+      minus_log = zero - fused_multiply_add(lost, inverse, log_positive(v));
       ratio = (er * r) * inverse;
     } else {
       m = p;
@@ -79,7 +79,7 @@ struct Asymmetric {
       minus_log = log + clamp_min(x, zero);
       ratio = p;
     }
-    const V few = clamp_max(minus_log, V(S(kLarge)));
+    const V few = kClip ? minus_log : clamp_max(minus_log, V(S(kLarge)));  // of a finite one, -log(clip) at the most
     if constexpr (kGamma == Gamma::kTwo) {
       const V square = m * m, cube = square * m;
       return {(square * square) * minus_log, cube * (fused_multiply_add(V(gamma_neg) * few, v, m) * ratio)};
@@ -111,7 +111,7 @@ struct Asymmetric {
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
     const V log = log1p_unit(e), rest = V(S(1)) - y;
-    const Term<V> yes = positive_in_steps(x, e, log), no = negative(x, e, log);
+    const Term<V> yes = positive_in_steps(x, e, log), no = negative(x, e, kClip ? logarithm(e) : log);
     return {weigh(yes.loss, y) + weigh(no.loss, rest), fused_multiply_add(yes.grad, y, no.grad * rest)};
   }
 

@@ -6,9 +6,10 @@
 //   * fast kernels (labels, constant weights) for focal loss and star; and one set for each kind of exponent that serves the
 //     four losses with the focal loss's negative and a positive of their own (scored_focal.h): on a GPU its loop issues as many
 //     instructions as the focal loss's (sm_90: 25.0 for bfloat16, 31 for float32), as the choice is made in the branch of
-//     positives; and for BCE, whose negative is cheaper;
-//   * not for asymmetric and Gaussian focal loss, whose targets are dense in the heads that train with them, nor for quality
-//     focal loss of probabilities: they take the generic kernels;
+//     positives; and for BCE, whose negative is cheaper; and for asymmetric loss with its usual exponents, with a clip and
+//     without (on the CPU the generic loop takes twice as long: docs/notes/cpu_loop.md);
+//   * not for Gaussian focal loss, whose targets are dense in the heads that train with it, nor for asymmetric loss with other
+//     exponents or quality focal loss of probabilities: they take the generic kernels;
 //   * generic kernels for all. On the CPU they are compiled once for 16 and 32 bits together (cpu/tiles.h).
 // With the seven losses beside focal loss and star the CPU's files take 85 s of one core instead of 56, and the CUDA files, for
 // one architecture, 51 instead of 22.
@@ -77,14 +78,20 @@ enum class Path {
   kGenericAnyGamma  // everything, but a usual exponent is one like others: fewer kernels where none is faster
 };
 
+// 1 for positives and 4 for negatives, as in the paper and in every project that trains with it.
+FASTFOCAL_HD bool has_usual_exponents(const LossParams& asymmetric) {
+  return asymmetric.value[0] == 1 && asymmetric.value[1] == 4;
+}
+
 FASTFOCAL_HD bool has_fast_kernel(const LossParams& params) {
   switch (params.kind) {
     case LossKind::kFocal:
       return params.value[1] == 0;  // without label smoothing
     case LossKind::kQualityFocal:
       return params.value[1] == 0;  // of logits
-    case LossKind::kGaussianFocal:
     case LossKind::kAsymmetric:
+      return has_usual_exponents(params);
+    case LossKind::kGaussianFocal:  // of heatmaps
       return false;
     default:
       return true;
@@ -139,11 +146,15 @@ FASTFOCAL_HOST auto with_loss(const LossParams& params, const Use& use) {
                               Type<GaussianFocal<S, Gamma::kAny, kAccuracy>>());
       break;
     case LossKind::kAsymmetric:
-      if constexpr (!kFast) {
+      if constexpr (kFast) {
+        if (value[2] != 0) return use(Type<Asymmetric<S, true, Gamma::kTwo, kAccuracy>>());
+        return use(Type<Asymmetric<S, false, Gamma::kTwo, kAccuracy>>());
+      } else {
         if (value[2] == 0) return use(Type<Asymmetric<S, false, Gamma::kAny, kAccuracy>>());
-        return with_exponents(value[0] == 1 && value[1] == 4, Type<Asymmetric<S, true, Gamma::kTwo, kAccuracy>>(),
+        return with_exponents(has_usual_exponents(params), Type<Asymmetric<S, true, Gamma::kTwo, kAccuracy>>(),
                               Type<Asymmetric<S, true, Gamma::kAny, kAccuracy>>());
       }
+    case LossKind::kSoftmaxFocal:  // with_anchor_loss()
       break;
     case LossKind::kSoftmaxFocal:  // with_anchor_loss()
       break;

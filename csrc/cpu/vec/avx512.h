@@ -52,10 +52,11 @@ inline Vec reciprocal(Vec d) {
   const __m512 r = _mm512_rcp14_ps(d.v);
   return Vec(_mm512_fmadd_ps(_mm512_fnmadd_ps(d.v, r, _mm512_set1_ps(1.0f)), r, r));
 }
-// w = 2^n m with m in [sqrt(1/2), sqrt(2))
+// w = 2^n m with m in [least, 2 least), where kLeast is the bits of least, 1 or less: [sqrt(1/2), sqrt(2))
+template <int32_t kLeast = 0x3f3504f3>
 inline void split_exponent(Vec w, Vec* n, Vec* m) {
   const __m512i bits = _mm512_castps_si512(w.v);
-  const __m512i k = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  const __m512i k = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(kLeast)), 23);
   *n = Vec(_mm512_cvtepi32_ps(k));
   *m = Vec(_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(k, 23))));
 }
