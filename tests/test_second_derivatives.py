@@ -427,14 +427,19 @@ def test_class_masks(backend: Backend, targets: str, layout: str, generator: tor
     assert got.by_incoming[0].item() == pytest.approx(along, rel=1e-5)  # sums in float32, sixteen at a time
 
 
-@pytest.mark.parametrize("kind, parameters", [(ops.BCE, [0.0]), (ops.VARIFOCAL, [2.0, 1.0, 0.0])])
-def test_a_loss_without_second_derivatives_says_so(backend: Backend, kind: int, parameters: list[float]) -> None:
+@pytest.mark.parametrize(
+    "name, kind, parameters",
+    [("bce_loss", ops.BCE, [0.0]), ("varifocal_loss", ops.VARIFOCAL, [2.0, 1.0, 0.0])],
+)
+def test_a_loss_without_second_derivatives_says_so(
+    backend: Backend, name: str, kind: int, parameters: list[float]
+) -> None:
     x = torch.randn(1, 4, 3).to(backend.device).requires_grad_()
     labels = torch.zeros(4, dtype=torch.int16, device=backend.device)
     options = (labels, None, None, None, None, None, None, [1.0], 1.0, 1.0, kind, parameters, 3, ops.SUM)
     (loss,), _ = ops.operators.pyramid_loss([x], *options, [0])
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"fastfocal: .*({kind}|focal_loss).* has no second derivative"):
+    with pytest.raises(RuntimeError, match=rf"^fastfocal: {name} has no second derivative"):
         grad.sum().backward()
 
 

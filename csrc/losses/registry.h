@@ -156,8 +156,6 @@ FASTFOCAL_HOST auto with_loss(const LossParams& params, const Use& use) {
       }
     case LossKind::kSoftmaxFocal:  // with_anchor_loss()
       break;
-    case LossKind::kSoftmaxFocal:  // with_anchor_loss()
-      break;
   }
   return use(Type<Focal<S, Gamma::kAny, false, kAccuracy>>());  // never: kinds and has_fast_kernel() have been checked
 }
