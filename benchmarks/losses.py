@@ -235,8 +235,8 @@ def kornia_softmax(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
 def monai_softmax(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
     from monai.losses import FocalLoss
 
-    criterion = FocalLoss(to_onehot_y=True, use_softmax=True, reduction="sum")
-    sums = [criterion(x, y.unsqueeze(1)) for x, y in maps_of_classes(case, levels, inputs)]
+    criterion = FocalLoss(to_onehot_y=True, use_softmax=True, reduction="none")  # "sum" is one of means over the cells
+    sums = [criterion(x, y.unsqueeze(1)).sum() for x, y in maps_of_classes(case, levels, inputs)]
     return divide(torch.stack(sums).sum(), case, inputs)
 
 
