@@ -287,8 +287,17 @@ REFERENCE = Host("fastfocal.reference", "torch", package_reference)
 def focal_call(case: Case, sets: list[Inputs]) -> Call:
     """The focal loss with the same kind of targets: what a loss's time is compared with."""
     of_focal = replace(case, loss="focal_loss", targets="soft" if case.is_dense else "labels")
-    # It takes the same labels: none of them is a class that it does not know.
-    return Call(of_focal, [replace(inputs, scores=None) for inputs in sets], fast(of_focal))
+    return Call(of_focal, [for_focal_loss(case, inputs) for inputs in sets], fast(of_focal))
+
+
+def for_focal_loss(case: Case, inputs: Inputs) -> Inputs:
+    """The same logits and targets; but where every anchor has a class, as many positives as a detector's focal loss has."""
+    labels = inputs.labels
+    if case.targets == "classes":
+        generator = torch.Generator(labels.device).manual_seed(0)
+        kind = torch.rand(labels.shape, generator=generator, device=labels.device)
+        labels = torch.where(kind < cases.POSITIVE, labels, case.pyramid.classes)
+    return replace(inputs, labels=labels, scores=None)
 
 
 def rows_of(case: Case) -> list[Row]:
