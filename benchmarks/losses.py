@@ -235,8 +235,8 @@ def kornia_softmax(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
 def monai_softmax(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
     from monai.losses import FocalLoss
 
-    criterion = FocalLoss(to_onehot_y=True, use_softmax=True, reduction="sum")
-    sums = [criterion(x, y.unsqueeze(1)) for x, y in maps_of_classes(case, levels, inputs)]
+    criterion = FocalLoss(to_onehot_y=True, use_softmax=True, reduction="none")  # "sum" is one of means over the cells
+    sums = [criterion(x, y.unsqueeze(1)).sum() for x, y in maps_of_classes(case, levels, inputs)]
     return divide(torch.stack(sums).sum(), case, inputs)
 
 
@@ -287,8 +287,17 @@ REFERENCE = Host("fastfocal.reference", "torch", package_reference)
 def focal_call(case: Case, sets: list[Inputs]) -> Call:
     """The focal loss with the same kind of targets: what a loss's time is compared with."""
     of_focal = replace(case, loss="focal_loss", targets="soft" if case.is_dense else "labels")
-    # It takes the same labels: none of them is a class that it does not know.
-    return Call(of_focal, [replace(inputs, scores=None) for inputs in sets], fast(of_focal))
+    return Call(of_focal, [for_focal_loss(case, inputs) for inputs in sets], fast(of_focal))
+
+
+def for_focal_loss(case: Case, inputs: Inputs) -> Inputs:
+    """The same logits and targets; but where every anchor has a class, as many positives as a detector's focal loss has."""
+    labels = inputs.labels
+    if case.targets == "classes":
+        generator = torch.Generator(labels.device).manual_seed(0)
+        kind = torch.rand(labels.shape, generator=generator, device=labels.device)
+        labels = torch.where(kind < cases.POSITIVE, labels, case.pyramid.classes)
+    return replace(inputs, labels=labels, scores=None)
 
 
 def rows_of(case: Case) -> list[Row]:
