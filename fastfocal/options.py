@@ -133,6 +133,8 @@ class Options(Checked):
 
     def of(self, num_classes: int) -> "Options":
         """With the number of classes, where it was left to the shape of the logits."""
+        if self.num_classes is not None:
+            return self
         return type(self)(**{**{name: getattr(self, name) for name in OPTIONS}, "num_classes": num_classes})
 
 
