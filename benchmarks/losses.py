@@ -395,7 +395,7 @@ def measure(case: Case, aim: Aim, rounds: int, host_rounds: int, keep: bool, log
     log(
         f"| `{case.loss}`, {targets_in_words(case)} | {said} | {wall:.2f}{verdict} | {processor:.2f} | {mib(call, 3)} | |"
     )
-    for row in others:
+    for row in others if host_rounds else ():
         label = f"| &nbsp;&nbsp;{row.name}"
         if (missing := row.missing()) is not None:
             log(f"{label}: {missing} is not installed | | | | | |")

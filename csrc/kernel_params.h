@@ -29,6 +29,7 @@ struct KernelParams {
   bool incoming_elements;     // Level::incoming holds an incoming gradient for each logit
   const void* packed_labels;  // [level][image][anchor], numbered as Place::anchor is; int16, or int32 when wide_labels
   bool wide_labels;
+  int32_t first_class;  // the packed label of the logits' class 0: they may be some of an anchor's classes
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
   const void* scores;         // as the packed labels, of positives; null: 1
@@ -118,9 +119,11 @@ FASTFOCAL_HD S negative_weight(const KernelParams& params, int k) {
              : static_cast<const S*>(params.class_weights)[int64_t(params.levels.classes.divisor) + k];
 }
 
+// Which of the logits' classes an anchor has; that of others is background here.
 FASTFOCAL_HD int packed_label_at(const KernelParams& params, int64_t anchor) {
-  return params.wide_labels ? static_cast<const int32_t*>(params.packed_labels)[anchor]
-                            : int(static_cast<const int16_t*>(params.packed_labels)[anchor]);
+  const int label = params.wide_labels ? static_cast<const int32_t*>(params.packed_labels)[anchor]
+                                       : int(static_cast<const int16_t*>(params.packed_labels)[anchor]);
+  return label_within(label, params.first_class, params.levels.classes.divisor);
 }
 
 // An anchor's score, read where it is positive.

@@ -34,6 +34,12 @@ FASTFOCAL_HD int64_t packed_label(const LabelRule& rule, int64_t label) {
   return label == rule.ignore ? kIgnored : packed;
 }
 
+// A packed label among `classes` of an anchor's classes, from `first` on: any other class is background to them.
+FASTFOCAL_HD int label_within(int packed, int first, uint32_t classes) {
+  if (packed < 0) return packed;
+  return uint32_t(packed - first) < classes ? packed - first : kBackground;
+}
+
 FASTFOCAL_HD bool is_positive(const LabelRule& rule, int64_t packed) { return packed >= 0 && packed != rule.uncounted; }
 
 constexpr int kChunkAnchors = 4096;  // labels are packed in chunks, which never leave an image

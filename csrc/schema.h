@@ -26,6 +26,7 @@ namespace fastfocal {
   X("int", int64_t, LossKind, loss)                                         \
   X("float[]", std::vector<double>, std::vector<double>, loss_parameters)   \
   X("int", int64_t, int64_t, num_classes)                                   \
+  X("int", int64_t, int64_t, first_class)                                   \
   X("int", int64_t, Reduction, reduction)                                   \
   X("int[]", std::vector<int64_t>, std::vector<int64_t>, needs_grad)
 
@@ -72,7 +73,8 @@ inline void define_operators(torch::stable::detail::StableLibrary& m) {
   m.def(
       "pack_labels(Tensor[] labels, Tensor[] logits, Tensor? scores, int num_classes, int background_index, int "
       "ignore_index, "
-      "int count, float minimum, bool background_is_class=False) -> (Tensor packed_labels, Tensor divisor)");
+      "int count, float minimum, bool background_is_class=False, bool one_channel=False) -> (Tensor packed_labels, Tensor "
+      "divisor)");
   m.def("pyramid_loss(Tensor[] logits" FASTFOCAL_OPTIONS_SCHEMA ") -> (Tensor[] losses, Tensor[] gradients)");
   m.def("pyramid_loss_(Tensor(a!)[] logits, Tensor(b!)[] losses" FASTFOCAL_OPTIONS_SCHEMA ") -> ()");
   m.def("pyramid_loss_backward(Tensor[] grad_outputs, Tensor[] logits" FASTFOCAL_OPTIONS_SCHEMA ") -> Tensor[]");

@@ -56,6 +56,7 @@ class OperatorOptions:
     loss: int
     loss_parameters: list[float]
     num_classes: int
+    first_class: int
     reduction: int
 
     def arguments(self, needs_grad: list[int]) -> tuple[Any, ...]:
@@ -111,12 +112,14 @@ def pack_labels(
     count: int,
     minimum: float,
     background_is_class: bool = False,
+    one_channel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Labels in the order and the form that the kernels read, and what was counted on the way, as a divisor.
 
     background_is_class: the labels are 0..K-1, and background, if it is one of them, is only not counted as positive.
+    one_channel: the logits are still to come; these have one channel where they will have an anchor's K.
     """
-    more = (True,) if background_is_class else ()
+    more = (background_is_class, one_channel) if background_is_class or one_channel else ()
     return operators.pack_labels(labels, logits, scores, num_classes, background, ignored, count, minimum, *more)  # type: ignore[no-any-return]
 
 

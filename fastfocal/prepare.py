@@ -164,6 +164,7 @@ def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> OperatorOptio
         loss=loss.kind,
         loss_parameters=loss.parameters(),
         num_classes=classes,
+        first_class=0,
         reduction=REDUCTIONS[known.reduction],
     )
     prepared.mode = resolve_mode(known.grad_mode, known.reduction, pyramid.levels)

@@ -25,8 +25,8 @@ N, A, K = 2, 2, 3
 CELLS = ((4, 3), (2, 2), (1, 1))
 ANCHORS = [h * w * A for h, w in CELLS]
 OPTIONS = ("packed_labels", "soft_targets", "scores", "anchor_weight", "class_weights", "class_mask", "divisor",
-           "level_scales", "positive_weight", "negative_weight", "loss", "loss_parameters", "num_classes", "reduction",
-           "needs_grad")  # fmt: skip
+           "level_scales", "positive_weight", "negative_weight", "loss", "loss_parameters", "num_classes", "first_class",
+           "reduction", "needs_grad")  # fmt: skip
 Call = dict[str, Any]  # an operator's arguments by name, in their order
 Change = Callable[[Call], Any]
 NAN, INF = float("nan"), float("inf")
@@ -53,6 +53,7 @@ def make_options(device: torch.device) -> Call:
         FOCAL_LOSS,
         [2.0, 0.0, 0.0],
         K,
+        0,
         0,
         [1] * 3,
     )
@@ -349,6 +350,12 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
     ),
     "divisor_meta": (put("divisor", torch.ones((), dtype=torch.float64, device="meta")), META),
     "scales_short": (put("level_scales", [1.0, 1.0]), "level_scales: expected 3 numbers, one per level, got 2"),
+    "first_class_below_0": (put("first_class", -1), "first_class: expected a number >= 0.* got -1"),
+    "first_class_beyond": (put("first_class", 2**31 - K), "first_class: .* less than 2.31 classes, got 2147483645"),
+    "first_class_and_soft": (
+        lambda call: (soft(call), call.update(first_class=1)),
+        "first_class: expected 0 beside soft_targets",
+    ),
     "scales_long": (put("level_scales", [1.0] * 4), "level_scales: expected 3 numbers, one per level, got 4"),
     "needs_short": (put("needs_grad", [1]), "needs_grad: expected none or 3 flags, one per level, got 1"),
     "needs_long": (put("needs_grad", [1] * 4), "needs_grad: expected none or 3 flags, one per level, got 4"),

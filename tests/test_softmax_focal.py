@@ -557,6 +557,7 @@ def operator_options(x: Tensor, packed: Tensor, **changes: Any) -> tuple[Any, ..
         negative_weight=1.0,
         loss=9,
         loss_parameters=[2.0, 0.0],
+        first_class=0,
         num_classes=5,
         reduction=0,
     )

@@ -39,6 +39,7 @@ struct FastTile {
   float negative, positive;  // weight times scale, for the gradient
   // The image's packed labels, and beside them its scores, or null: 1. Looked at only where the loss reads them.
   const int16_t* all_labels;
+  int first_class;  // the label of the logits' class 0
   const float* scores;
   Sum negatives, many_positives;
   double positives = 0;
@@ -95,7 +96,7 @@ struct FastTile {
     }
   }
 
-  // Logits [begin, end) as negatives. With labels, those of class k or ignored are left out and get gradient 0.
+  // Logits [begin, end) as negatives. With labels, those of label k or ignored are left out and get gradient 0.
   template <bool kLabels>
   void run(int64_t begin, int64_t end, const int16_t* labels, int k) {
     constexpr int kAhead = kPrefetch / int(sizeof(T));
@@ -202,7 +203,7 @@ struct FastTile {
   void class_last(const int16_t* labels, int classes, int64_t begin, int64_t end) {
     const auto in_rows = [=](int64_t from, int64_t to, const auto& found) {
       for (int64_t anchor = from / classes, row = anchor * classes; row < to; ++anchor, row += classes) {
-        const int label = labels[anchor];
+        const int label = label_within(labels[anchor], first_class, uint32_t(classes));
         if (label == kBackground) continue;
         if (label == kIgnored) {
           found(row < from ? from : row, row + classes < to ? row + classes : to, nullptr);
@@ -213,7 +214,7 @@ struct FastTile {
     };
     int64_t start = begin;
     for (int64_t anchor = begin / classes; anchor * classes < end; ++anchor) {
-      const int label = labels[anchor];
+      const int label = label_within(labels[anchor], first_class, uint32_t(classes));
       if (label == kBackground) continue;
       const int64_t row = anchor * classes, first = label != kIgnored ? row + label : row < start ? start : row;
       if (first < start || first >= end) continue;
@@ -283,7 +284,7 @@ struct FastTile {
     int64_t plane = begin / cells;
     for (int64_t i = begin; i < end; ++plane) {
       const int64_t stop = (plane + 1) * cells < end ? (plane + 1) * cells : end;
-      run<true>(i, stop, labels + plane / classes * cells + (i - plane * cells), int(plane % classes));
+      run<true>(i, stop, labels + plane / classes * cells + (i - plane * cells), first_class + int(plane % classes));
       i = stop;
     }
   }
@@ -307,7 +308,7 @@ struct FastTile {
           c += 4;
           continue;
         }
-        if (label[c] != kBackground) cell[special++] = c;
+        if (label_within(label[c], first_class, uint32_t(classes)) != kBackground) cell[special++] = c;
         any_ignored |= label[c++] == kIgnored;
       }
       if (special > few) {
@@ -317,7 +318,7 @@ struct FastTile {
       }
       const auto in_planes = [&](int64_t from, int64_t to, const auto& found) {
         for (int s = 0; s < special; ++s) {
-          const int k = label[cell[s]];
+          const int k = label_within(label[cell[s]], first_class, uint32_t(classes));
           int64_t at = base + cell[s];
           if (k != kIgnored) {
             at += k * cells;
@@ -333,7 +334,7 @@ struct FastTile {
         const int64_t to = from + kGroup < stop ? from + kGroup : stop;
         bool here = any_ignored;  // in every plane, so in nearly every group
         for (int s = 0; s < special && !here; ++s) {
-          const int64_t at = base + label[cell[s]] * cells + cell[s];
+          const int64_t at = base + (label[cell[s]] - first_class) * cells + cell[s];
           here = at >= from && at < to;
         }
         if (!here) continue;
@@ -363,6 +364,7 @@ void fast_tile(const KernelParams& params, const Tile& tile, const Loss& loss_fn
   const int64_t first_anchor = level.first_anchor + tile.image * level.anchors;
   const int16_t* labels = static_cast<const int16_t*>(params.packed_labels) + first_anchor;
   work.all_labels = labels;
+  work.first_class = params.first_class;
   work.scores = params.scores == nullptr ? nullptr : static_cast<const float*>(params.scores) + first_anchor;
   const int classes = int(params.levels.classes.divisor);
   if (level.layout == Layout::kClassFirst) {

@@ -84,13 +84,14 @@ template <int kCount>
 struct AnchorLook {
   const int16_t* labels;  // from the tile's first anchor on
   uint32_t k;             // class of the tile's first logit
+  int first_class;        // the label of the logits' class 0
   Divisor classes;        // by a multiplication: there are fewer than 2^15, as labels are 16-bit
 
   static __device__ bool serves(const TileMap& map) {
     return map.layout == Layout::kClassLast && map.classes.divisor >= uint32_t(kCount);
   }
-  __device__ AnchorLook(const int16_t* labels_, const TileMap& map)
-      : labels(materialized(labels_ + map.anchor)), k(map.k), classes(map.classes) {}
+  __device__ AnchorLook(const int16_t* labels_, const TileMap& map, int first_class_)
+      : labels(materialized(labels_ + map.anchor)), k(map.k), first_class(first_class_), classes(map.classes) {}
 
   __device__ __forceinline__ int common(uint32_t offset) const {
     const uint32_t n = k + offset;
@@ -112,8 +113,8 @@ struct AnchorLook {
 
  private:
   // Logits [begin, end) of the vector are the classes from `first` on of an anchor with this label.
-  static __device__ __forceinline__ void mark(int label, uint32_t first, uint32_t begin, uint32_t end, Special* found) {
-    const uint32_t at = uint32_t(label) - first + begin;
+  __device__ __forceinline__ void mark(int label, uint32_t first, uint32_t begin, uint32_t end, Special* found) const {
+    const uint32_t at = uint32_t(label - first_class) - first + begin;
     if (label >= 0 && at < end) found->positive |= 1u << at;  // a label below `first` wraps beyond `end`
     if (label == kIgnored) found->ignored |= (1u << end) - (1u << begin);
   }
@@ -123,7 +124,7 @@ struct AnchorLook {
 template <int kCount>
 struct PlaneLook {
   const int16_t* labels;  // of the first cell of the tile's anchor shape
-  uint32_t k, cell;       // of the tile's first logit
+  uint32_t label, cell;   // of the tile's first logit
   Divisor cells;
 
   // Not where a tile goes on to the next anchor shape, or labels do not lie on the grid of 8 bytes.
@@ -133,8 +134,8 @@ struct PlaneLook {
     return map.layout == Layout::kClassFirst && divides && map.k + last / map.cells.divisor < map.classes.divisor &&
            ((map.cells.divisor | map.cell) & 3) == 0 && (reinterpret_cast<uintptr_t>(labels + map.anchor) & 7) == 0;
   }
-  __device__ PlaneLook(const int16_t* labels_, const TileMap& map)
-      : labels(materialized(labels_ + map.anchor)), k(map.k), cell(map.cell), cells(map.cells) {}
+  __device__ PlaneLook(const int16_t* labels_, const TileMap& map, int first_class)
+      : labels(materialized(labels_ + map.anchor)), label(map.k + uint32_t(first_class)), cell(map.cell), cells(map.cells) {}
 
   __device__ __forceinline__ int common(uint32_t offset) const {
     uint32_t word[kCount / 2];
@@ -157,7 +158,7 @@ struct PlaneLook {
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const uint32_t of_cell = k + plane + (uint32_t(i) >= 4 && c + uint32_t(i) >= cells.divisor ? 1 : 0);
+      const uint32_t of_cell = label + plane + (uint32_t(i) >= 4 && c + uint32_t(i) >= cells.divisor ? 1 : 0);
       found.positive |= uint32_t((word[i / 2] >> (i % 2 * 16) & 0xffffu) == of_cell) << i;
     }
     return found;
@@ -184,10 +185,14 @@ template <int kCount>
 struct AnyLook {
   const int16_t* labels;
   TileMap map;
+  int first_class;
   uint32_t length;  // of the tile
 
-  __device__ AnyLook(const int16_t* labels_, const TileMap& map_, const Tile& tile)
-      : labels(labels_), map(map_), length(tile.end > tile.begin ? uint32_t(tile.end - tile.begin) : 0) {}
+  __device__ AnyLook(const int16_t* labels_, const TileMap& map_, int first_class_, const Tile& tile)
+      : labels(labels_),
+        map(map_),
+        first_class(first_class_),
+        length(tile.end > tile.begin ? uint32_t(tile.end - tile.begin) : 0) {}
 
   __device__ __forceinline__ Special at(int offset) const {
     Special found;
@@ -200,7 +205,7 @@ struct AnyLook {
       }
       const Place place = map.at(n);
       const int label = labels[place.anchor];
-      found.positive |= uint32_t(label == place.k) << i;
+      found.positive |= uint32_t(label == place.k + first_class) << i;
       found.ignored |= uint32_t(label == kIgnored) << i;
     }
     return found;
@@ -362,11 +367,11 @@ __global__ void __launch_bounds__(kThreads, 4) fast_kernel(const __grid_constant
     const bool writes = kOutput == Output::kLoss || g != nullptr;
     const bool whole = writes && vectors && tile.end - tile.begin == kTileLogits;
     if (whole && AnchorLook<kCount>::serves(work.map)) {
-      thread.whole_tile(x + tile.begin, g + tile.begin, AnchorLook<kCount>(labels, work.map));
+      thread.whole_tile(x + tile.begin, g + tile.begin, AnchorLook<kCount>(labels, work.map, params.first_class));
     } else if (whole && PlaneLook<kCount>::serves(labels, work.map)) {
-      thread.whole_tile(x + tile.begin, g + tile.begin, PlaneLook<kCount>(labels, work.map));
+      thread.whole_tile(x + tile.begin, g + tile.begin, PlaneLook<kCount>(labels, work.map, params.first_class));
     } else {
-      thread.ragged_tile(x, g, tile, vectors, AnyLook<kCount>(labels, work.map, tile));
+      thread.ragged_tile(x, g, tile, vectors, AnyLook<kCount>(labels, work.map, params.first_class, tile));
     }
     if constexpr (kOutput != Output::kGradient) {
       const double sum = block_sum(weigh(double(thread.negatives[0]) + double(thread.negatives[1]), params.negative_weight) +

@@ -12,8 +12,9 @@ template <class Device>
 struct PackLabels {
   static std::tuple<Tensor, Tensor> pack_labels(Tensors labels, Tensors logits, std::optional<Tensor> scores,
                                                 int64_t num_classes, int64_t background_index, int64_t ignore_index,
-                                                int64_t count, double minimum, bool background_is_class) {
-    const CheckedLogits checked(logits, num_classes);
+                                                int64_t count, double minimum, bool background_is_class, bool one_channel) {
+    // one_channel: the logits are not there yet; these have an anchor's shape, with one channel instead of its classes
+    const CheckedLogits checked(logits, one_channel ? 1 : num_classes);
     const int64_t images = checked.images;
     const bool one = labels.size() == 1;  // for all levels
     FASTFOCAL_CHECK(one || labels.size() == logits.size(), "labels: expected 1 or ", logits.size(), " tensors, got ",

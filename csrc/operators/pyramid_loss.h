@@ -30,6 +30,11 @@ struct Checked : CheckedLogits {
     FASTFOCAL_CHECK(soft != options.packed_labels.has_value(), "packed_labels: expected either these or soft_targets");
     FASTFOCAL_CHECK(!soft || !takes_anchors(loss.kind), "soft_targets: loss ", static_cast<int64_t>(loss.kind),
                     " takes packed_labels");
+    FASTFOCAL_CHECK(options.first_class >= 0 && options.first_class <= INT32_MAX - options.num_classes,
+                    "first_class: expected a number >= 0, in all less than 2^31 classes, got ", options.first_class);
+    FASTFOCAL_CHECK(options.first_class == 0 || (!soft && !takes_anchors(loss.kind)),
+                    "first_class: expected 0 beside soft_targets, and for a loss that takes an anchor's classes together, got ",
+                    options.first_class);
     if (soft) {
       FASTFOCAL_CHECK(options.soft_targets.size() == count, "soft_targets: expected ", count, " levels, got ",
                       options.soft_targets.size());
@@ -45,7 +50,8 @@ struct Checked : CheckedLogits {
         check_memory(name, t, first);
       }
     } else {
-      const ScalarType label = options.num_classes > INT16_MAX ? ScalarType::Int : ScalarType::Short;
+      const bool wide = options.first_class + options.num_classes > INT16_MAX;
+      const ScalarType label = wide ? ScalarType::Int : ScalarType::Short;
       check_operand({"packed_labels"}, *options.packed_labels, first, label, anchors);
     }
     if (options.scores) {
@@ -257,7 +263,8 @@ struct PyramidLoss : private NewTensors<Device> {
     params.dtype = dtype_of(checked.dtype);
     params.reduction = o.reduction;
     params.packed_labels = o.packed_labels ? o.packed_labels->const_data_ptr() : nullptr;
-    params.wide_labels = o.num_classes > INT16_MAX;
+    params.wide_labels = o.packed_labels && o.packed_labels->scalar_type() == ScalarType::Int;
+    params.first_class = static_cast<int32_t>(o.first_class);
     params.wide_soft_targets = !o.soft_targets.empty() && o.soft_targets[0].scalar_type() != checked.dtype;
     params.scores = o.scores ? o.scores->const_data_ptr() : nullptr;
     if (o.class_mask) {
