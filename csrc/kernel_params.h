@@ -29,7 +29,7 @@ struct KernelParams {
   bool incoming_elements;     // Level::incoming holds an incoming gradient for each logit
   const void* packed_labels;  // [level][image][anchor], numbered as Place::anchor is; int16, or int32 when wide_labels
   bool wide_labels;
-  int32_t first_class;  // the packed label of the logits' class 0: they may be some of an anchor's classes
+  int32_t first_class;     // the packed label of the logits' class 0: they may be some of an anchor's classes
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
   const void* scores;         // as the packed labels, of positives; null: 1

@@ -22,9 +22,23 @@ except _PackageNotFoundError:
     ) from None
 
 from fastfocal import losses, reference
+from fastfocal.heads.functions import (
+    conv_focal_loss,
+    conv_focal_loss_star,
+    linear_focal_loss,
+    linear_focal_loss_star,
+)
 from fastfocal.losses import *  # noqa: F403  the functions and modules of every loss
 from fastfocal.ops import build_info
 from fastfocal.sigmoid import sigmoid_focal_loss
 
-__all__ = ["build_info", "reference", "sigmoid_focal_loss"]
+__all__ = [
+    "build_info",
+    "conv_focal_loss",
+    "conv_focal_loss_star",
+    "linear_focal_loss",
+    "linear_focal_loss_star",
+    "reference",
+    "sigmoid_focal_loss",
+]
 __all__ += losses.__all__

@@ -186,7 +186,7 @@ def with_signature(parameters: type[Checked], keywords: type) -> Callable[[F], F
         signature = inspect.signature(function)
         *own, rest = signature.parameters.values()
         assert rest.kind is rest.VAR_KEYWORD, rest
-        defaults = defaults_of(parameters)
+        defaults = {**defaults_of(parameters), "anchor_weight": None}
         named = [
             inspect.Parameter(name, rest.KEYWORD_ONLY, default=defaults[name], annotation=kind)
             for name, kind in get_type_hints(keywords).items()

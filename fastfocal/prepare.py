@@ -31,12 +31,17 @@ REDUCTIONS = {"sum": ops.SUM, "mean": ops.SUM, "level": ops.LEVEL, "image": ops.
 
 @dataclass
 class Pyramid:
-    """The logits of every level: the tensors, those that the kernels read in their place, K, and M of every level."""
+    """The logits of every level: the tensors, those that the kernels read in their place, K, and M of every level.
+
+    Where logits are still to come, these have their shapes and no memory of their own; `placeholders` have one channel where
+    they will have an anchor's K, and lie as the labels are to be packed.
+    """
 
     levels: list[Tensor]
     dense: list[Tensor]
     num_classes: int
     anchors: list[int]
+    placeholders: list[Tensor] | None = None
 
     @property
     def images(self) -> int:
@@ -112,15 +117,24 @@ def prepare(loss: Loss, options: Options, inputs: Inputs) -> Prepared:
     return prepared
 
 
-def read_targets(loss: Loss, options: Options, inputs: Inputs, synced: bool = False, running: bool = False) -> Prepared:
+def read_targets(
+    loss: Loss,
+    options: Options,
+    inputs: Inputs,
+    synced: bool = False,
+    running: bool = False,
+    pyramid: Pyramid | None = None,
+) -> Prepared:
     """All that the labels are packed with and counted by.
 
     synced, running: the count is summed over ranks, or averaged over calls.
+    pyramid: of logits that are still to come.
     """
     transformed = is_transformed()
     given = as_levels("targets", inputs.targets)
     soft = any([t.is_floating_point() for t in given])
-    pyramid = read_logits(inputs.logits, options.num_classes, soft, transformed)
+    if pyramid is None:
+        pyramid = read_logits(inputs.logits, options.num_classes, soft, transformed)
     if transformed and not is_compiling() and any(map(is_mapped, (*pyramid.levels, *given))):
         raise RuntimeError(NO_VMAP)
     if loss.targets != "either":
@@ -171,7 +185,7 @@ def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> OperatorOptio
     if inputs.weight is not None:
         options.anchor_weight = read_per_anchor("weight", "weights", inputs.weight, pyramid)
     if prepared.labels is None:
-        options.soft_targets = read_soft_targets(prepared.given, pyramid.dense)
+        options.soft_targets = read_soft_targets(prepared.given, pyramid.dense, pyramid.placeholders is not None)
     prepared.options = options
     return options
 
@@ -310,8 +324,11 @@ def read_labels(given: list[Tensor], together: bool, pyramid: Pyramid) -> list[T
     return labels
 
 
-def read_soft_targets(given: list[Tensor], levels: list[Tensor]) -> list[Tensor]:
-    """Soft targets in the logits' memory order, of the logits' dtype or the accumulation dtype."""
+def read_soft_targets(given: list[Tensor], levels: list[Tensor], as_given: bool = False) -> list[Tensor]:
+    """Soft targets in the logits' memory order, of the logits' dtype or the accumulation dtype.
+
+    as_given: in any order and dtype.
+    """
     if len(given) != len(levels):
         raise ValueError(f"targets: expected {len(levels)} levels of soft targets, got {len(given)}")
     for i, (t, logits) in enumerate(zip(given, levels, strict=True)):
@@ -325,6 +342,8 @@ def read_soft_targets(given: list[Tensor], levels: list[Tensor]) -> list[Tensor]
             raise ValueError(f"targets[{i}]: expected the logits' device, {logits.device}, got {t.device}")
         if t.requires_grad:
             checks.no_gradient(f"targets[{i}]", t)
+    if as_given:
+        return given
     dtype = levels[0].dtype
     if not all(t.dtype == dtype for t in given):
         dtype = ops.accumulation_dtype(dtype)

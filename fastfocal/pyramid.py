@@ -10,8 +10,9 @@ from torch.compiler import is_compiling
 from fastfocal import labels as label_conventions
 from fastfocal import ops
 from fastfocal.autograd import differentiable_loss
+from fastfocal.ops import OperatorOptions
 from fastfocal.options import INPUTS, OPTIONS, Inputs, Options
-from fastfocal.prepare import Prepared, read_others, read_targets
+from fastfocal.prepare import Prepared, Pyramid, read_others, read_targets
 
 if TYPE_CHECKING:
     from fastfocal.checks import Levels
@@ -57,7 +58,27 @@ def pyramid_loss(
         ranks: those whose counts are added.
         running: the mean over calls that the normalizer is then taken from.
     """
-    prepared = read_targets(loss, options, inputs, ranks is not None, running is not None)
+    prepared, operator_options = start(loss, options, inputs, ranks, running)
+    pyramid = prepared.pyramid
+    losses = differentiable_loss(prepared.mode, operator_options, pyramid.levels, pyramid.dense, prepared.transformed)
+    if options.reduction == "none" and not isinstance(inputs.logits, Tensor):
+        return list(losses)
+    return losses[0]
+
+
+def start(
+    loss: Loss,
+    options: Options,
+    inputs: Inputs,
+    ranks: Ranks | None = None,
+    running: Running | None = None,
+    pyramid: Pyramid | None = None,
+) -> tuple[Prepared, OperatorOptions]:
+    """All that the operator takes beside logits: the labels packed and counted, the divisor resolved, the options checked.
+
+    pyramid: of logits that are still to come.
+    """
+    prepared = read_targets(loss, options, inputs, ranks is not None, running is not None, pyramid)
     divisor, packed_labels, counted = prepared.divisor, None, prepared.divisor.counted
     # First of all, so that a sum over ranks is under way as early as may be.
     if prepared.labels is not None:
@@ -71,11 +92,7 @@ def pyramid_loss(
         operator_options.divisor = divisor.of(counted)
     if running is not None and operator_options.divisor is not None:
         operator_options.divisor = running.next(operator_options.divisor)
-    pyramid = prepared.pyramid
-    losses = differentiable_loss(prepared.mode, operator_options, pyramid.levels, pyramid.dense, prepared.transformed)
-    if options.reduction == "none" and not isinstance(inputs.logits, Tensor):
-        return list(losses)
-    return losses[0]
+    return prepared, operator_options
 
 
 def pack(prepared: Prepared, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -90,7 +107,7 @@ def pack(prepared: Prepared, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
     try:
         return ops.pack_labels(
             labels,
-            pyramid.dense,
+            pyramid.dense if pyramid.placeholders is None else pyramid.placeholders,
             scores,
             classes,
             background,
@@ -98,6 +115,7 @@ def pack(prepared: Prepared, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
             divisor.count,
             divisor.minimum,
             known.background_is_class,
+            pyramid.placeholders is not None,
         )
     except ValueError:
         message = label_conventions.describe_bad_label(

@@ -55,8 +55,9 @@ def pack_labels(
     count: int,
     minimum: float,
     background_is_class: bool = False,
+    one_channel: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    anchors = sum(t.numel() // num_classes for t in logits)
+    anchors = sum(t.numel() // (1 if one_channel else num_classes) for t in logits)
     packed = logits[0].new_empty(anchors, dtype=torch.int16 if num_classes < 2**15 else torch.int32)
     n = images(logits[0])
     per_image = {ops.COUNT_POSITIVES_PER_IMAGE: (n,), ops.COUNT_ANCHORS_PER_IMAGE: (n,)}

@@ -32,9 +32,10 @@ struct Checked : CheckedLogits {
                     " takes packed_labels");
     FASTFOCAL_CHECK(options.first_class >= 0 && options.first_class <= INT32_MAX - options.num_classes,
                     "first_class: expected a number >= 0, in all less than 2^31 classes, got ", options.first_class);
-    FASTFOCAL_CHECK(options.first_class == 0 || (!soft && !takes_anchors(loss.kind)),
-                    "first_class: expected 0 beside soft_targets, and for a loss that takes an anchor's classes together, got ",
-                    options.first_class);
+    FASTFOCAL_CHECK(
+        options.first_class == 0 || (!soft && !takes_anchors(loss.kind)),
+        "first_class: expected 0 beside soft_targets, and for a loss that takes an anchor's classes together, got ",
+        options.first_class);
     if (soft) {
       FASTFOCAL_CHECK(options.soft_targets.size() == count, "soft_targets: expected ", count, " levels, got ",
                       options.soft_targets.size());

@@ -6,11 +6,11 @@
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
@@ -20,6 +20,9 @@ from fastfocal.checks import ClassValues, Levels
 from fastfocal.distributed import KeptNormalizer, is_lasting
 from fastfocal.options import OPTIONS, Checked, Inputs, Normalizer, Options, defaults_of
 from fastfocal.pyramid import pyramid_loss
+
+if TYPE_CHECKING:
+    from fastfocal.heads import Head
 
 Weight = float | tuple[float, ...] | Tensor  # one for all classes, or one for each
 Alpha = float | Sequence[float] | Tensor | None
@@ -172,6 +175,55 @@ class Module(KeptNormalizer):
         """Args: as the function takes them; `normalizer` replaces the constructor's where it is not None."""
         return self._call(logits, targets, weight, normalizer, None, class_mask)
 
+    def fused_with(
+        self,
+        head: nn.Module | Sequence[nn.Module],
+        features: Levels,
+        targets: Levels,
+        weight: Levels | None = None,
+        normalizer: Normalizer = None,
+        *,
+        class_mask: Tensor | None = None,
+        chunk_bytes: int | str = "auto",
+    ) -> Tensor:
+        """The loss of `head(features)`, and every gradient, without the logits ever being there as a whole.
+
+        For hundreds of classes and more, where the logits are what fills the memory. The same number, and the same gradients of
+        the features and of the head's parameters, as `criterion([head(x) for x in features], targets)`.
+
+        >>> loss = criterion.fused_with(self.cls_logits, [tower(x) for x in pyramid], labels)
+
+        Args:
+            head: the last layer, an `nn.Conv2d` with A*K output channels or an `nn.Linear` with K; or one for each level.
+            features: what it is called on: ``(N, C, H, W)`` for a convolution, ``(N, M, C)`` or ``(M, C)`` for a linear layer;
+                a tensor, or a sequence with one per level. Under autocast in its dtype, else in the head's.
+            targets, weight, normalizer, class_mask: as `forward` takes them.
+            chunk_bytes: how much of the logits may be there at a time; "auto": what was measured to be fast.
+
+        Raises:
+            ValueError, TypeError: bad arguments; a head that is neither of the two layers as it is, or has hooks, which would
+                not run; reduction "none", which is as large as the logits.
+        """
+        return self._fused(head, features, targets, weight, normalizer, None, class_mask, chunk_bytes)
+
+    def _fused(
+        self,
+        head: nn.Module | Sequence[nn.Module],
+        features: Levels,
+        targets: Levels,
+        weight: Levels | None,
+        normalizer: Normalizer,
+        scores: Levels | None,
+        class_mask: Tensor | None,
+        chunk_bytes: int | str,
+    ) -> Tensor:
+        from fastfocal.heads import head_of  # which imports the losses
+
+        made = head_of(head, chunk_bytes)
+        result = self._call(features, targets, weight, normalizer, scores, class_mask, made)
+        assert isinstance(result, Tensor)
+        return result
+
     def _call(
         self,
         logits: Levels,
@@ -180,6 +232,7 @@ class Module(KeptNormalizer):
         normalizer: Any,
         scores: Levels | None,
         class_mask: Tensor | None,
+        head: "Head | None" = None,  # logits: the features that it makes them of
     ) -> Tensor | list[Tensor]:
         if normalizer is None:
             normalizer = self.normalizer
@@ -197,8 +250,13 @@ class Module(KeptNormalizer):
         )
         if self.sync_normalizer or self._ema_momentum is not None:
             inputs.normalizer, ranks, running = self._kept_normalizer(logits, normalizer, options.reduction)
-            return pyramid_loss(loss, options, inputs, ranks, running)
-        return pyramid_loss(loss, options, inputs)
+        else:
+            ranks = running = None
+        if head is not None:
+            from fastfocal.heads import head_loss
+
+            return head_loss(loss, options, inputs, head, ranks, running)
+        return pyramid_loss(loss, options, inputs, ranks, running)
 
     def _move_to_device_of(self, logits: Levels) -> dict[str, Tensor]:
         """The buffers, once: a copy to a GPU waits for it. Returns what may not be kept (fake, traced), for this call alone."""
@@ -319,3 +377,18 @@ class ScoredModule(Module):
     ) -> Tensor | list[Tensor]:
         """Args: as the function takes them; `normalizer` replaces the constructor's where it is not None."""
         return self._call(logits, targets, weight, normalizer, scores, class_mask)
+
+    def fused_with(
+        self,
+        head: nn.Module | Sequence[nn.Module],
+        features: Levels,
+        targets: Levels,
+        weight: Levels | None = None,
+        normalizer: Normalizer = None,
+        *,
+        scores: Levels | None = None,
+        class_mask: Tensor | None = None,
+        chunk_bytes: int | str = "auto",
+    ) -> Tensor:
+        """As :meth:`Module.fused_with`, with scores as `forward` takes them."""
+        return self._fused(head, features, targets, weight, normalizer, scores, class_mask, chunk_bytes)
