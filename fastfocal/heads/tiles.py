@@ -80,13 +80,17 @@ def tile_bytes(chunk_bytes: int | str, device: torch.device) -> int:
 
 
 def plan(size: LevelSize, numbers: int) -> Plan:
-    """The cut of a level into tiles of at most `numbers` logits, as far as one channel of one image (or row) can be."""
+    """The cut of a level into tiles of at most `numbers` logits, as far as one channel of one image (or row) can be.
+
+    Nor has the weight's gradient of a tile, before it is added to the others', more numbers.
+    """
     if size.images == 0 or size.cells == 0:
         return Plan([], [])
     best: tuple[int, int, Plan] | None = None
     for rows in row_groups(size):
         most = max((group.last_image - group.first_image) * (group.last - group.first) for group in rows)
-        channels = channel_groups(size, max(1, numbers // most))
+        each = max(most, size.weight_numbers // (size.anchors * size.classes))
+        channels = channel_groups(size, max(1, numbers // each))
         added = len(rows) * size.weight_numbers
         if len(channels) > 1:
             added += len(channels) * size.images * size.feature_numbers
