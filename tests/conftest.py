@@ -77,6 +77,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many small layers: two threads wait for each other longer than either computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def generator() -> torch.Generator:
     """Every test draws from the same seed, so that a failure repeats alone."""
     return torch.Generator().manual_seed(20170807)

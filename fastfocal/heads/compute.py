@@ -275,7 +275,7 @@ class Arranged:
                 part = torch.where(part <= INT16_MAX, part, -1).to(torch.int16)
             if self.channels_last:
                 part = part.transpose(1, 2)
-            self.made[key] = part.reshape(self.images, -1)
+            self.made[key] = part.reshape(self.images, -1).contiguous()  # a view where A or cells is 1
         of_images = self.made[key][rows.first_image : rows.last_image]
         if rows.last - rows.first < self.cells:  # of a linear layer, whose anchors have one shape
             of_images = of_images[:, rows.first : rows.last]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -80,13 +81,12 @@ def tile_bytes(chunk_bytes: int | str, device: torch.device) -> int:
 
 
 def plan(size: LevelSize, numbers: int) -> Plan:
-    """The cut of a level into tiles of at most `numbers` logits, as far as one channel of one image (or row) can be.
-
-    Nor has the weight's gradient of a tile, before it is added to the others', more numbers.
+    """The cut of a level into tiles of at most `numbers` logits; of the smallest there are, where one channel of one image (or
+    row), or what has to stay together, is more. The weight's gradient of a tile, which waits to be added up, is bounded alike.
     """
     if size.images == 0 or size.cells == 0:
         return Plan([], [])
-    best: tuple[int, int, Plan] | None = None
+    best: tuple[int, int, int, Plan] | None = None
     for rows in row_groups(size):
         most = max((group.last_image - group.first_image) * (group.last - group.first) for group in rows)
         each = max(most, size.weight_numbers // (size.anchors * size.classes))
@@ -94,11 +94,12 @@ def plan(size: LevelSize, numbers: int) -> Plan:
         added = len(rows) * size.weight_numbers
         if len(channels) > 1:
             added += len(channels) * size.images * size.feature_numbers
-        found = (added, len(rows) * len(channels), Plan(rows, channels))
-        if best is None or found[:2] < best[:2]:
+        largest = most * max(group.anchors * group.classes for group in channels)
+        found = (largest if largest > numbers else 0, added, len(rows) * len(channels), Plan(rows, channels))
+        if best is None or found[:3] < best[:3]:
             best = found
     assert best is not None
-    return best[2]
+    return best[3]
 
 
 def row_groups(size: LevelSize) -> Iterator[list[Rows]]:
@@ -120,15 +121,16 @@ def row_groups(size: LevelSize) -> Iterator[list[Rows]]:
 def channel_groups(size: LevelSize, most: int) -> list[Channels]:
     """At most `most` channels each, equally large: whole anchors, or classes of one anchor."""
     a, k = size.anchors, size.classes
-    if size.groups == 1:
+    if size.groups == 1 or most >= a * k:
         return groups_of_anchors(0, a, k, most, size.whole_anchors)
     of_group = a * k // size.groups  # channels of one of the convolution's groups, which no tile leaves
     if of_group % k == 0:
         each = of_group // k
         return [c for g in range(0, a, each) for c in groups_of_anchors(g, each, k, most, size.whole_anchors)]
-    if k % of_group == 0 and not size.whole_anchors:
-        return [Channels(i, 1, first, of_group) for i in range(a) for first in range(0, k, of_group)]
-    return [Channels(0, a, 0, k)]
+    if size.whole_anchors:
+        return [Channels(0, a, 0, k)]
+    ends = sorted({*range(0, a * k + 1, k), *range(0, a * k + 1, of_group)})
+    return [Channels(c // k, 1, c % k, n) for first, end in pairwise(ends) for c, n in parts_of(first, end, most)]
 
 
 def groups_of_anchors(first: int, a: int, k: int, most: int, whole: bool) -> list[Channels]:
@@ -136,6 +138,11 @@ def groups_of_anchors(first: int, a: int, k: int, most: int, whole: bool) -> lis
         parts = -(-a // max(1, most // k))
         each = -(-a // parts)
         return [Channels(i, min(each, first + a - i), 0, k) for i in range(first, first + a, each)]
-    parts = -(-k // most)
-    each = -(-k // parts)
-    return [Channels(i, 1, c, min(each, k - c)) for i in range(first, first + a) for c in range(0, k, each)]
+    return [Channels(i, 1, c, n) for i in range(first, first + a) for c, n in parts_of(0, k, most)]
+
+
+def parts_of(first: int, end: int, most: int) -> list[tuple[int, int]]:
+    """[first, end) in equal parts of at most `most`: where each begins, and how many it has."""
+    parts = -(-(end - first) // most)
+    each = -(-(end - first) // parts)
+    return [(c, min(each, end - c)) for c in range(first, end, each)]
