@@ -6,6 +6,7 @@
 >>> loss.backward()
 """
 
+import typing as _typing
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
@@ -21,10 +22,11 @@ except _PackageNotFoundError:
         "run `pip install .` there"
     ) from None
 
-from fastfocal import losses, reference
-from fastfocal.losses import *  # noqa: F403  the functions and modules of every loss
-from fastfocal.ops import build_info
-from fastfocal.sigmoid import sigmoid_focal_loss
+from fastfocal import losses
+from fastfocal import reference as reference
+from fastfocal.losses import *  # the functions and modules of every loss
+from fastfocal.ops import build_info as build_info
+from fastfocal.sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 
-__all__ = ["build_info", "reference", "sigmoid_focal_loss"]
-__all__ += losses.__all__
+if not _typing.TYPE_CHECKING:  # as in losses/__init__.py
+    __all__ = ["build_info", "reference", "sigmoid_focal_loss", *losses.__all__]

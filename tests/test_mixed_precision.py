@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal import FastFocalLoss, focal_loss, reference
+from fastfocal.losses.bce import BCELoss
 from fastfocal.losses.loss import Loss
 from fastfocal.options import Inputs, Options
 from fastfocal.pyramid import pyramid_loss
@@ -119,7 +120,7 @@ def test_a_step_under_autocast_with_a_grad_scaler(backend: Backend, dtype: torch
 
 
 class Bce(Loss):
-    kind, name, takes_scores = fastfocal.ops.BCE, "bce", True
+    kind, name, takes_scores = BCELoss.kind, "bce", True
 
     def parameters(self) -> list[float]:
         return [0.0]

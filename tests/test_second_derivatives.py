@@ -42,6 +42,8 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal import FastFocalLoss, focal_loss, ops
+from fastfocal.losses.bce import BCELoss
+from fastfocal.losses.varifocal import VarifocalLoss
 
 # --- the oracle itself ------------------------------------------------------------------------------------------------
 
@@ -429,7 +431,7 @@ def test_class_masks(backend: Backend, targets: str, layout: str, generator: tor
 
 @pytest.mark.parametrize(
     "name, kind, parameters",
-    [("bce_loss", ops.BCE, [0.0]), ("varifocal_loss", ops.VARIFOCAL, [2.0, 1.0, 0.0])],
+    [("bce_loss", BCELoss.kind, [0.0]), ("varifocal_loss", VarifocalLoss.kind, [2.0, 1.0, 0.0])],
 )
 def test_a_loss_without_second_derivatives_says_so(
     backend: Backend, name: str, kind: int, parameters: list[float]

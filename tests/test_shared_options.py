@@ -21,8 +21,8 @@ import fastfocal
 from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, reference
 from fastfocal.checks import ClassValues
 from fastfocal.distributed import MODULE_DEFAULTS
-from fastfocal.losses import LOSSES, Member
-from fastfocal.losses.loss import Loss
+from fastfocal.losses import LOSSES
+from fastfocal.losses.loss import Loss, Member
 from fastfocal.options import Inputs, Options, checked
 from fastfocal.prepare import prepare
 

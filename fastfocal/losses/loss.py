@@ -6,7 +6,7 @@
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ Alpha = float | Sequence[float] | Tensor | None
 class Loss(Checked):
     """The parameters of a loss, each an `option` with its check; and the loss itself in pure PyTorch."""
 
-    kind: ClassVar[int]  # LossKind in csrc/
+    kind: ClassVar[int]  # its number to the operators: kKind in its header in csrc/losses/
     name: ClassVar[str]  # of the function
     # Defaults of shared options, where they are others than everybody's.
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -319,3 +319,21 @@ class ScoredModule(Module):
     ) -> Tensor | list[Tensor]:
         """Args: as the function takes them; `normalizer` replaces the constructor's where it is not None."""
         return self._call(logits, targets, weight, normalizer, scores, class_mask)
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """A loss: the reference makes its own function and module of it."""
+
+    parameters: type[Loss]
+    function: Callable[..., Any]
+    module: type[Module]
+
+
+def members_of(names: Mapping[str, Any]) -> tuple[Member, ...]:
+    """The losses whose module and function are among these names, in the order of their numbers."""
+    modules = [value for value in names.values() if isinstance(value, type) and issubclass(value, Module)]
+    members = [Member(module.parameters_of_loss, names[module.parameters_of_loss.name], module) for module in modules]
+    return tuple(sorted(members, key=lambda member: member.parameters.kind))
