@@ -438,7 +438,7 @@ def test_a_loss_without_second_derivatives_says_so(
 ) -> None:
     x = torch.randn(1, 4, 3).to(backend.device).requires_grad_()
     labels = torch.zeros(4, dtype=torch.int16, device=backend.device)
-    options = (labels, None, None, None, None, None, None, [1.0], 1.0, 1.0, kind, parameters, 3, ops.SUM)
+    options = (labels, None, None, None, None, None, None, [1.0], 1.0, 1.0, kind, parameters, 3, 0, ops.SUM)
     (loss,), _ = ops.operators.pyramid_loss([x], *options, [0])
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match=rf"^fastfocal: {name} has no second derivative"):

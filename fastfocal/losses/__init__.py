@@ -8,14 +8,14 @@ from fastfocal.losses.focal import *
 from fastfocal.losses.focal_star import *
 from fastfocal.losses.gaussian_focal import *
 from fastfocal.losses.iou_aware_bce import *
-from fastfocal.losses.loss import Member as _Member
+from fastfocal.losses.loss import Member as Member
 from fastfocal.losses.loss import members_of as _members_of
 from fastfocal.losses.matchability_aware import *
 from fastfocal.losses.quality_focal import *
 from fastfocal.losses.softmax_focal import *
 from fastfocal.losses.varifocal import *
 
-LOSSES: tuple[_Member, ...] = _members_of(globals())  # in the order of their numbers
+LOSSES: tuple[Member, ...] = _members_of(globals())  # in the order of their numbers
 
 # Type checkers follow the imports; of a list that is computed they would make an empty one.
 if not _typing.TYPE_CHECKING:
