@@ -220,8 +220,7 @@ inline Reduction checked_reduction(int64_t reduction, Reduction last = Reduction
 }
 
 inline LossKind checked_loss(int64_t loss) {
-  constexpr int64_t kLast = static_cast<int64_t>(kLastLoss);
-  FASTFOCAL_CHECK(loss >= 0 && loss <= kLast, "loss: expected 0 to ", kLast, ", got ", loss);
+  FASTFOCAL_CHECK(loss >= 0 && loss < Losses::kCount, "loss: expected 0 to ", Losses::kCount - 1, ", got ", loss);
   return static_cast<LossKind>(loss);
 }
 
@@ -244,7 +243,7 @@ inline const char* words_of(ParameterRange range) {
 // The numbers of the loss' own, as many as it has and each in its range.
 inline LossParams checked_loss_parameters(LossKind kind, const std::vector<double>& values) {
   LossParams params = {kind, {}};
-  const LossFacts facts = facts_of(kind);
+  const LossFacts& facts = facts_of(kind);
   FASTFOCAL_CHECK(values.size() == facts.count, "loss_parameters: expected ", facts.count, " numbers for loss ",
                   static_cast<int64_t>(kind), ", got ", values.size());
   for (size_t i = 0; i < facts.count; ++i) {

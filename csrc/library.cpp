@@ -21,6 +21,21 @@ PYBIND11_MODULE(_C, m) {
     facts["cpu_capability"] = fastfocal::cpu_capability();
     return facts;
   });
+  m.def("losses", [] {  // what the operators know of each, for Python's registry to be held against
+    pybind11::list losses;
+    for (const fastfocal::LossFacts& facts : fastfocal::Losses::kFacts) {
+      pybind11::list parameters;
+      for (size_t i = 0; i < facts.count; ++i) parameters.append(facts.parameters[i].name);
+      pybind11::dict loss;
+      loss["number"] = static_cast<int64_t>(facts.kind);
+      loss["name"] = facts.name;
+      loss["parameters"] = parameters;
+      loss["reads_scores"] = facts.reads_scores;
+      loss["takes_anchors"] = facts.takes_anchors;
+      losses.append(loss);
+    }
+    return losses;
+  });
   m.def("failed_allocation", []() -> pybind11::object {  // forgotten when read
     const fastfocal::FailedAllocation failed = std::exchange(fastfocal::failed_allocation(), {});
     if (failed.bytes == 0) return pybind11::none();

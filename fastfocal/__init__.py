@@ -6,6 +6,7 @@
 >>> loss.backward()
 """
 
+import typing as _typing
 from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from pathlib import Path as _Path
@@ -21,24 +22,24 @@ except _PackageNotFoundError:
         "run `pip install .` there"
     ) from None
 
-from fastfocal import losses, reference
-from fastfocal.heads.functions import (
-    conv_focal_loss,
-    conv_focal_loss_star,
-    linear_focal_loss,
-    linear_focal_loss_star,
-)
-from fastfocal.losses import *  # noqa: F403  the functions and modules of every loss
-from fastfocal.ops import build_info
-from fastfocal.sigmoid import sigmoid_focal_loss
+from fastfocal import losses
+from fastfocal import reference as reference
+from fastfocal.heads.functions import conv_focal_loss as conv_focal_loss
+from fastfocal.heads.functions import conv_focal_loss_star as conv_focal_loss_star
+from fastfocal.heads.functions import linear_focal_loss as linear_focal_loss
+from fastfocal.heads.functions import linear_focal_loss_star as linear_focal_loss_star
+from fastfocal.losses import *  # the functions and modules of every loss
+from fastfocal.ops import build_info as build_info
+from fastfocal.sigmoid import sigmoid_focal_loss as sigmoid_focal_loss
 
-__all__ = [
-    "build_info",
-    "conv_focal_loss",
-    "conv_focal_loss_star",
-    "linear_focal_loss",
-    "linear_focal_loss_star",
-    "reference",
-    "sigmoid_focal_loss",
-]
-__all__ += losses.__all__
+if not _typing.TYPE_CHECKING:  # as in losses/__init__.py
+    __all__ = [
+        "build_info",
+        "conv_focal_loss",
+        "conv_focal_loss_star",
+        "linear_focal_loss",
+        "linear_focal_loss_star",
+        "reference",
+        "sigmoid_focal_loss",
+        *losses.__all__,
+    ]

@@ -26,10 +26,9 @@ from fastfocal import guards
 # On the CPU the error that an operator words itself is torch's already.
 operators: Any = torch.ops.fastfocal if torch.version.cuda is None else guards.Operators(torch.ops.fastfocal)
 
-# LossKind, Reduction and Count in csrc/.
-FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL, QUALITY_FOCAL, MATCHABILITY_AWARE, IOU_AWARE_BCE, BCE = range(7)
-GAUSSIAN_FOCAL, ASYMMETRIC, SOFTMAX_FOCAL = range(7, 10)
-ANCHOR_LOSSES = frozenset({SOFTMAX_FOCAL})  # take an anchor's classes together: one loss for each anchor
+# A loss's number is in its file. These take an anchor's classes together: one loss for each anchor.
+ANCHOR_LOSSES = frozenset(loss["number"] for loss in _C.losses() if loss["takes_anchors"])
+# Reduction and Count in csrc/.
 SUM, LEVEL, IMAGE, NONE = range(4)
 COUNT_NOTHING, COUNT_POSITIVES, COUNT_POSITIVES_PER_IMAGE, COUNT_LOGITS, COUNT_SCORES, COUNT_ANCHORS_PER_IMAGE = range(
     6

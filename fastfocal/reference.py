@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastfocal import labels as label_conventions
 from fastfocal.distributed import MODULE_DEFAULTS, KeptNormalizer, Ranks, Running
 from fastfocal.losses import LOSSES
-from fastfocal.losses import FocalLoss as _FocalLoss
+from fastfocal.losses.focal import FocalLoss as _FocalLoss
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss
 from fastfocal.ops import anchor_shape

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfocal
 from fastfocal import FastFocalLoss, reference
+from fastfocal.losses.bce import BCELoss
 from fastfocal.losses.loss import Loss, ScoredModule
 
 CLASSES, ANCHORS = 3, 2
@@ -103,7 +104,7 @@ BATCHES: dict[str, Callable[[], list[Part]]] = {
 class Bce(Loss):
     """Binary cross entropy, positives by their score: the operators' own."""
 
-    kind, name, takes_scores = fastfocal.ops.BCE, "bce", True
+    kind, name, takes_scores = BCELoss.kind, "bce", True
 
     def parameters(self) -> list[float]:
         return [0.0]

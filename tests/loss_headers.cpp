@@ -1,12 +1,16 @@
 // Evaluates the losses of csrc/losses for the tests, logit by logit, without torch: test_loss_headers.py calls it.
 #include "cpu/vec_math.h"
 #include "dispatch.h"
-#include "losses/asymmetric.h"
-#include "losses/bce.h"
-#include "losses/gaussian_focal.h"
-#include "losses/scored_focal.h"
+#include "losses/registry.h"
 
 namespace fastfocal {
+
+// The list's own assertion can fail: the order, a gap, a number twice.
+static_assert(LossList<FocalLoss, FocalLossStar>::are_numbered_in_order());
+static_assert(!LossList<FocalLossStar, FocalLoss>::are_numbered_in_order());
+static_assert(!LossList<FocalLoss, VarifocalLoss>::are_numbered_in_order());
+static_assert(!LossList<FocalLoss, FocalLoss>::are_numbered_in_order());
+
 namespace FASTFOCAL_ISA {
 
 enum How { kNegative, kNegativeInSteps, kPositive, kSoft, kSoftInSteps, kSoftWeight };
@@ -71,21 +75,21 @@ bool run(int kind, Which which, const double* values, How how, long n, const S* 
   if (which == kSharedAny) return with(Type<ScoredFocal<S, Gamma::kAny>>());
   if (which == kSharedUsual) return with(Type<ScoredFocal<S, kTwo>>());
   switch (params.kind) {
-    case LossKind::kVarifocal:
+    case VarifocalLoss::kKind:
       return either(Type<Varifocal<S, kTwo>>(), Type<Varifocal<S, Gamma::kAny>>());
-    case LossKind::kQualityFocal:
+    case QualityFocalLoss::kKind:
       if (values[1] != 0)
         return either(Type<QualityFocalActivated<S, kTwo>>(), Type<QualityFocalActivated<S, Gamma::kAny>>());
       return either(Type<QualityFocal<S, kTwo>>(), Type<QualityFocal<S, Gamma::kAny>>());
-    case LossKind::kMatchabilityAware:
+    case MatchabilityAwareLoss::kKind:
       return either(Type<MatchabilityAware<S, kTwo>>(), Type<MatchabilityAware<S, Gamma::kAny>>());
-    case LossKind::kIouAwareBce:
+    case IouAwareBceLoss::kKind:
       return either(Type<IouAwareBce<S, kTwo>>(), Type<IouAwareBce<S, Gamma::kAny>>());
-    case LossKind::kBce:
+    case BceLoss::kKind:
       return with(Type<Bce<S>>());
-    case LossKind::kGaussianFocal:
+    case GaussianFocalLoss::kKind:
       return either(Type<GaussianFocal<S, kTwo>>(), Type<GaussianFocal<S, Gamma::kAny>>());
-    case LossKind::kAsymmetric:
+    case AsymmetricLoss::kKind:
       if (values[2] != 0) return either(Type<Asymmetric<S, true, kTwo>>(), Type<Asymmetric<S, true, Gamma::kAny>>());
       return either(Type<Asymmetric<S, false, kTwo>>(), Type<Asymmetric<S, false, Gamma::kAny>>());
     default:

@@ -78,7 +78,7 @@ def test_the_walkthrough_says_how_much_it_changes() -> None:
     assert new == ["csrc/losses/poly1_focal.h", "fastfocal/losses/poly1_focal.py", "tests/test_poly1_focal.py"]
     added = [line for block in BLOCKS if block.language == "diff" for line in block.text.splitlines() if line[0] == "+"]
     (said,) = re.findall(r"To existing files it adds (\d+) lines", SECTION)
-    assert int(said) == len(added)
+    assert int(said) == len(added) == 3  # an #include and a name in C++, an import in Python
     # Every block of code has a file's name before it, but for the commands.
     assert len(re.findall(r"^```\w+$", SECTION, re.MULTILINE)) == len(BLOCKS) + SECTION.count("```sh\n")
 
@@ -146,6 +146,21 @@ def run_its_test(checkout: Path, *arguments: str) -> str:
 def test_the_walkthrough_gives_a_working_loss(checkout: Path) -> None:
     """Its own test, on the CPU's portable kernels: the only ones that are compiled for it."""
     run_its_test(checkout, "-p", "adding_a_loss.plugin", "-k", "not cuda")
+
+
+def test_the_walkthrough_has_what_every_file_of_a_loss_has(checkout: Path) -> None:
+    """In a process of its own: the loss is exported, in the reference too, and the last member."""
+    code = """if True:
+        import fastfocal
+        from fastfocal.losses import LOSSES
+        assert LOSSES[-1].parameters.kind == len(LOSSES) - 1 and LOSSES[-1].function is fastfocal.poly1_focal_loss
+        assert {"FastPoly1FocalLoss", "poly1_focal_loss"} < set(fastfocal.__all__)
+        assert fastfocal.reference.poly1_focal_loss and fastfocal.reference.Poly1FocalLoss
+        print("exported from", fastfocal.__file__)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and f"exported from {checkout}" in done.stdout, done.stderr
 
 
 @needs_compiler

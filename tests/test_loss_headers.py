@@ -36,7 +36,7 @@ MOST_LANES = 16
 
 
 class Kind(NamedTuple):
-    """A loss: its number in csrc/losses/loss.h, its oracle, and which numbers have a struct of their own."""
+    """A loss: its number in csrc/losses/, its oracle, and which numbers have a struct of their own."""
 
     number: int
     oracle: Callable[..., Loss]

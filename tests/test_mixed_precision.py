@@ -9,8 +9,9 @@ import torch
 from cases import Backend
 from torch import Tensor, nn
 
-import fastfocal
 from fastfocal import FastFocalLoss, focal_loss, reference
+from fastfocal.losses.bce import BCELoss
+from fastfocal.losses.focal import FocalLoss
 from fastfocal.losses.loss import Loss
 from fastfocal.options import Inputs, Options
 from fastfocal.pyramid import pyramid_loss
@@ -119,7 +120,7 @@ def test_a_step_under_autocast_with_a_grad_scaler(backend: Backend, dtype: torch
 
 
 class Bce(Loss):
-    kind, name, takes_scores = fastfocal.ops.BCE, "bce", True
+    kind, name, takes_scores = BCELoss.kind, "bce", True
 
     def parameters(self) -> list[float]:
         return [0.0]
@@ -139,14 +140,14 @@ def test_float32_values_keep_their_digits(
     third = [torch.full(y.shape, 1 / 3, device=backend.device) for y in labels]
     of_classes = torch.full((CLASSES,), 1 / 3, device=backend.device)
     targets: Any = labels
-    loss: Loss = fastfocal.losses.FocalLoss()
+    loss: Loss = FocalLoss()
     options: dict[str, Any] = {}
     if what == "soft":
         targets, options = [torch.full(x.shape, 1 / 3, device=backend.device) for x in levels], {"normalizer": 9.0}
     elif what == "scores":
         loss, options = Bce(), {"scores": third, "normalizer": "scores"}
     elif what == "alpha":
-        loss = fastfocal.losses.FocalLoss(alpha=of_classes)
+        loss = FocalLoss(alpha=of_classes)
     elif what == "normalizer":
         options = {"normalizer": of_classes[0]}
     else:

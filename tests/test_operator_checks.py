@@ -19,7 +19,11 @@ from torch import Tensor
 
 import fastfocal
 from fastfocal import guards, ops
-from fastfocal.ops import BCE, COUNT_SCORES, FOCAL_LOSS, FOCAL_LOSS_STAR, VARIFOCAL
+from fastfocal.losses.bce import BCELoss
+from fastfocal.losses.focal import FocalLoss
+from fastfocal.losses.focal_star import FocalLossStar
+from fastfocal.losses.varifocal import VarifocalLoss
+from fastfocal.ops import COUNT_SCORES
 
 N, A, K = 2, 2, 3
 CELLS = ((4, 3), (2, 2), (1, 1))
@@ -50,7 +54,7 @@ def make_options(device: torch.device) -> Call:
         [1.0] * 3,
         0.25,
         0.75,
-        FOCAL_LOSS,
+        FocalLoss.kind,
         [2.0, 0.0, 0.0],
         K,
         0,
@@ -159,7 +163,7 @@ SCORES: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
 
 
 def varifocal(call: Call, scores: Tensor) -> None:
-    call.update(loss=VARIFOCAL, loss_parameters=[2.0, 1.0, 0.0], scores=scores)
+    call.update(loss=VarifocalLoss.kind, loss_parameters=[2.0, 1.0, 0.0], scores=scores)
 
 
 META = r"one device|device of logits\[0\]"  # the dispatcher sends such a call to the shape functions
@@ -371,17 +375,17 @@ ON_OPTIONS: dict[str, tuple[Change, str]] = {
             r"loss_parameters\[\d\]: expected " + message,
         )
         for name, loss, numbers, message in (
-            ("gamma_nan", FOCAL_LOSS, [NAN, 0.0, 0.0], "gamma, a finite number >= 0, got -?nan"),
-            ("gamma_infinite", FOCAL_LOSS, [INF, 0.0, 0.0], "gamma, a finite number >= 0, got inf"),
-            ("gamma_negative", FOCAL_LOSS, [-1.0, 0.0, 0.0], "gamma, a finite number >= 0, got -1"),
-            ("smoothing_nan", FOCAL_LOSS, [2.0, NAN, 0.0], "label_smoothing, a number >= 0 and <= 1, got -?nan"),
-            ("smoothing_two", FOCAL_LOSS, [2.0, 2.0, 0.0], "label_smoothing, a number >= 0 and <= 1, got 2"),
-            ("detach_half", FOCAL_LOSS, [2.0, 0.0, 0.5], "detach_modulating_factor, 0 or 1, got 0.5"),
-            ("detach_nan", FOCAL_LOSS, [2.0, 0.0, NAN], "detach_modulating_factor, 0 or 1, got -?nan"),
-            ("star_gamma_zero", FOCAL_LOSS_STAR, [0.0, 1.0], "gamma, a finite number > 0, got 0"),
-            ("star_gamma_nan", FOCAL_LOSS_STAR, [NAN, 1.0], "gamma, a finite number > 0, got -?nan"),
-            ("star_beta_nan", FOCAL_LOSS_STAR, [2.0, NAN], "beta, a finite number, got -?nan"),
-            ("star_beta_infinite", FOCAL_LOSS_STAR, [2.0, -INF], "beta, a finite number, got -inf"),
+            ("gamma_nan", FocalLoss.kind, [NAN, 0.0, 0.0], "gamma, a finite number >= 0, got -?nan"),
+            ("gamma_infinite", FocalLoss.kind, [INF, 0.0, 0.0], "gamma, a finite number >= 0, got inf"),
+            ("gamma_negative", FocalLoss.kind, [-1.0, 0.0, 0.0], "gamma, a finite number >= 0, got -1"),
+            ("smoothing_nan", FocalLoss.kind, [2.0, NAN, 0.0], "label_smoothing, a number >= 0 and <= 1, got -?nan"),
+            ("smoothing_two", FocalLoss.kind, [2.0, 2.0, 0.0], "label_smoothing, a number >= 0 and <= 1, got 2"),
+            ("detach_half", FocalLoss.kind, [2.0, 0.0, 0.5], "detach_modulating_factor, 0 or 1, got 0.5"),
+            ("detach_nan", FocalLoss.kind, [2.0, 0.0, NAN], "detach_modulating_factor, 0 or 1, got -?nan"),
+            ("star_gamma_zero", FocalLossStar.kind, [0.0, 1.0], "gamma, a finite number > 0, got 0"),
+            ("star_gamma_nan", FocalLossStar.kind, [NAN, 1.0], "gamma, a finite number > 0, got -?nan"),
+            ("star_beta_nan", FocalLossStar.kind, [2.0, NAN], "beta, a finite number, got -?nan"),
+            ("star_beta_infinite", FocalLossStar.kind, [2.0, -INF], "beta, a finite number, got -inf"),
         )
     },
     "parameters_none": (put("loss_parameters", []), "loss_parameters: expected 3 numbers for loss 0, got 0"),
@@ -523,7 +527,7 @@ ON_DIRECTIONS: dict[str, tuple[Change, str]] = {
     "directions_storage": (put_level("grad_gradients", resized), r"grad_gradients\[1\]: expected a storage"),
     "directions_meta": (put_level("grad_gradients", lambda t: t.to("meta")), META),
     "no_second_derivative": (
-        lambda call: call.update(loss=BCE, loss_parameters=[0.0]),
+        lambda call: call.update(loss=BCELoss.kind, loss_parameters=[0.0]),
         "loss: 6 has no second derivative",
     ),
 }

@@ -19,6 +19,12 @@ from oracle import Array
 from torch import Tensor
 
 from fastfocal import ops
+from fastfocal.losses.bce import BCELoss
+from fastfocal.losses.focal import FocalLoss
+from fastfocal.losses.iou_aware_bce import IoUAwareBCELoss
+from fastfocal.losses.matchability_aware import MatchabilityAwareLoss
+from fastfocal.losses.quality_focal import QualityFocalLoss
+from fastfocal.losses.varifocal import VarifocalLoss
 
 NAN = float("nan")
 ODD = Size(2, 3, 5, ((7, 5), (3, 3), (1, 1)))
@@ -75,14 +81,14 @@ def by_score(x: Array, s: Array) -> tuple[Array, Array]:
 
 
 LOSSES = {
-    "varifocal": Scored(ops.VARIFOCAL, [2.0, 1.0, 0.0], power_of_negative(2.0, False), by_score),
-    "varifocal_any_gamma": Scored(ops.VARIFOCAL, [1.5, 0.0, 1.0], power_of_negative(1.5, True), cross_entropy),
-    "quality_focal": Scored(ops.QUALITY_FOCAL, [2.0, 0.0], power_of_negative(2.0, False), quality),
+    "varifocal": Scored(VarifocalLoss.kind, [2.0, 1.0, 0.0], power_of_negative(2.0, False), by_score),
+    "varifocal_any_gamma": Scored(VarifocalLoss.kind, [1.5, 0.0, 1.0], power_of_negative(1.5, True), cross_entropy),
+    "quality_focal": Scored(QualityFocalLoss.kind, [2.0, 0.0], power_of_negative(2.0, False), quality),
     "matchability_aware": Scored(
-        ops.MATCHABILITY_AWARE, [1.5], power_of_negative(1.5, True), lambda x, s: cross_entropy(x, s**1.5)
+        MatchabilityAwareLoss.kind, [1.5], power_of_negative(1.5, True), lambda x, s: cross_entropy(x, s**1.5)
     ),
-    "iou_aware_bce": Scored(ops.IOU_AWARE_BCE, [0.25, 2.0], power_of_negative(2.0, False), iou_aware),
-    "bce": Scored(ops.BCE, [0.0], power_of_negative(0.0, False), cross_entropy),
+    "iou_aware_bce": Scored(IoUAwareBCELoss.kind, [0.25, 2.0], power_of_negative(2.0, False), iou_aware),
+    "bce": Scored(BCELoss.kind, [0.0], power_of_negative(0.0, False), cross_entropy),
 }
 
 
@@ -340,7 +346,7 @@ def test_any_number_of_threads_gives_the_same_bits(name: str, layout: str, gener
 
 # --- class masks ------------------------------------------------------------------------------------------------------
 
-FOCAL = Scored(ops.FOCAL_LOSS, [2.0, 0.0, 0.0], power_of_negative(2.0, False), lambda x, _: mirrored(x))
+FOCAL = Scored(FocalLoss.kind, [2.0, 0.0, 0.0], power_of_negative(2.0, False), lambda x, _: mirrored(x))
 
 
 def mirrored(x: Array) -> tuple[Array, Array]:

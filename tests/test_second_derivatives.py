@@ -42,6 +42,8 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal import FastFocalLoss, focal_loss, ops
+from fastfocal.losses.bce import BCELoss
+from fastfocal.losses.varifocal import VarifocalLoss
 
 # --- the oracle itself ------------------------------------------------------------------------------------------------
 
@@ -429,14 +431,14 @@ def test_class_masks(backend: Backend, targets: str, layout: str, generator: tor
 
 @pytest.mark.parametrize(
     "name, kind, parameters",
-    [("bce_loss", ops.BCE, [0.0]), ("varifocal_loss", ops.VARIFOCAL, [2.0, 1.0, 0.0])],
+    [("bce_loss", BCELoss.kind, [0.0]), ("varifocal_loss", VarifocalLoss.kind, [2.0, 1.0, 0.0])],
 )
 def test_a_loss_without_second_derivatives_says_so(
     backend: Backend, name: str, kind: int, parameters: list[float]
 ) -> None:
     x = torch.randn(1, 4, 3).to(backend.device).requires_grad_()
     labels = torch.zeros(4, dtype=torch.int16, device=backend.device)
-    options = (labels, None, None, None, None, None, None, [1.0], 1.0, 1.0, kind, parameters, 3, ops.SUM)
+    options = (labels, None, None, None, None, None, None, [1.0], 1.0, 1.0, kind, parameters, 3, 0, ops.SUM)
     (loss,), _ = ops.operators.pyramid_loss([x], *options, [0])
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match=rf"^fastfocal: {name} has no second derivative"):

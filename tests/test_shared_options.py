@@ -22,6 +22,8 @@ from fastfocal import FastFocalLoss, FastFocalLossStar, focal_loss, reference
 from fastfocal.checks import ClassValues
 from fastfocal.distributed import MODULE_DEFAULTS
 from fastfocal.losses import LOSSES, Member
+from fastfocal.losses.focal import FocalLoss
+from fastfocal.losses.focal_star import FocalLossStar
 from fastfocal.losses.loss import Loss
 from fastfocal.options import Inputs, Options, checked
 from fastfocal.prepare import prepare
@@ -45,7 +47,7 @@ labelled_members = pytest.mark.parametrize(
 
 def alphas(member: Member, *alphas: Any) -> list[dict[str, Any]]:
     """Options with each of these, of losses whose alpha is a share of positives; without, of others."""
-    if member.parameters not in (fastfocal.losses.FocalLoss, fastfocal.losses.FocalLossStar):
+    if member.parameters not in (FocalLoss, FocalLossStar):
         return [{}]
     return [{"alpha": alpha} for alpha in alphas]
 
@@ -409,13 +411,13 @@ def test_wrong_scores() -> None:
         prepare(loss, options, Inputs(levels, targets, **inputs))
 
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"loss": fastfocal.losses.FocalLoss(), "scores": scores}, "^scores: focal_loss takes none"),
+        ({"loss": FocalLoss(), "scores": scores}, "^scores: focal_loss takes none"),
         ({"loss": Scored(), "scores": scores, "targets": soft, "normalizer": 1.0}, "^scores: soft targets are scores"),
         (
             {"loss": Scored(), "normalizer": "scores"},
             "^normalizer: 'scores' sums the scores of positives, expected scores",
         ),
-        ({"loss": fastfocal.losses.FocalLoss(), "normalizer": "scores"}, "^normalizer: expected one of 'positives', "),
+        ({"loss": FocalLoss(), "normalizer": "scores"}, "^normalizer: expected one of 'positives', "),
         ({"loss": Scored(), "scores": [s.requires_grad_() for s in copy.deepcopy(scores)]}, "^scores"),
         ({"loss": Scored(), "scores": scores[:1]}, "^scores: expected 2 levels"),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pydoc
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,25 @@ def test_pyright_tells_right_calls_from_wrong_ones() -> None:
     messages = json.loads(said.stdout[said.stdout.index("{") :])["generalDiagnostics"]
     found = sorted({m["range"]["start"]["line"] + 1 for m in messages if m["severity"] == "error"})
     assert found == expected(), said.stdout + said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_checkers_know_every_public_name(checker: str, tmp_path: Path) -> None:
+    """`__all__` is computed, which they cannot follow: they have the names, and their types, from the imports."""
+    if importlib.util.find_spec(checker) is None or (checker == "pyright" and shutil.which("node") is None):
+        pytest.skip(f"{checker} is not installed (pip install '.[lint]')")
+    names = sorted(fastfocal.__all__)
+    source = tmp_path / "names.py"
+    # What is imported and is no int is an error in its line; what is not known is one in the import, or has any type.
+    wrong = [f"is_{i}: int = {name}" for i, name in enumerate(names)]
+    source.write_text("\n".join([f"from fastfocal import {', '.join(names)}", *wrong]) + "\n")
+    options = ["--strict", "--cache-dir=/dev/null"] if checker == "mypy" else ["--pythonpath", sys.executable]
+    said = subprocess.run(
+        [sys.executable, "-m", checker, *options, str(source)], cwd=ROOT, capture_output=True, text=True
+    )
+    found = {int(line) for line in re.findall(r"names\.py:(\d+)(?::\d+)?(?: -|:) error", said.stdout)}
+    assert found == set(range(2, len(names) + 2)), said.stdout + said.stderr
 
 
 @pytest.mark.parametrize("name", ["focal_loss", "focal_loss_star", "FastFocalLoss", "FastFocalLossStar"])

@@ -26,10 +26,6 @@ struct Asymmetric {
   S gamma_pos, gamma_neg;  // of the gradient: 0 where the powers count as constants
   S clip;
 
-  static constexpr LossParameter kParameters[] = {{"gamma_pos", ParameterRange::kNonnegative},
-                                                  {"gamma_neg", ParameterRange::kNonnegative},
-                                                  {"clip", ParameterRange::kUnit},
-                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
   static constexpr bool kScores = false;
 
   Asymmetric() = default;
@@ -128,6 +124,36 @@ struct Asymmetric {
     } else {
       const Term<V> t = of_positive.negative(zero - x, e, log);
       return {t.loss, zero - t.grad};
+    }
+  }
+};
+
+// Fast kernels for the usual exponents, with a clip and without: on the CPU the generic loop takes twice as long
+// (docs/notes/cpu_loop.md). Other exponents have generic kernels alone; and of those the usual ones their own with a clip alone.
+struct AsymmetricLoss : RegisteredLoss {
+  static constexpr LossKind kKind{8};
+  static constexpr const char* kName = "asymmetric_loss";
+  static constexpr LossParameter kParameters[] = {{"gamma_pos", ParameterRange::kNonnegative},
+                                                  {"gamma_neg", ParameterRange::kNonnegative},
+                                                  {"clip", ParameterRange::kUnit},
+                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
+
+  // 1 for positives and 4 for negatives, as in the paper and in every project that trains with it.
+  FASTFOCAL_HD static bool has_usual_exponents(const LossParams& params) {
+    return params.value[0] == 1 && params.value[1] == 4;
+  }
+  FASTFOCAL_HD static bool has_fast_kernel(const LossParams& params) { return has_usual_exponents(params); }
+
+  template <class S, Path kPath, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams& params, const Use& use) {
+    const bool clip = params.value[2] != 0;
+    if constexpr (kPath == Path::kFast) {
+      if (clip) return use(Type<Asymmetric<S, true, Gamma::kTwo, kAccuracy>>());
+      use(Type<Asymmetric<S, false, Gamma::kTwo, kAccuracy>>());
+    } else {
+      if (!clip) return use(Type<Asymmetric<S, false, Gamma::kAny, kAccuracy>>());
+      with_exponents<kPath, Asymmetric<S, true, Gamma::kTwo, kAccuracy>, Asymmetric<S, true, Gamma::kAny, kAccuracy>>(
+          has_usual_exponents(params), use);
     }
   }
 };

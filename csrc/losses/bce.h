@@ -12,8 +12,6 @@ namespace fastfocal {
 
 template <class S, Accuracy kAccuracy = Accuracy::kFloat>
 struct Bce {
-  static constexpr LossParameter kParameters[] = {
-      {"unused", ParameterRange::kFinite}};  // a list of no numbers is none to torch
   static constexpr bool kScores = true;
 
   Bce() = default;
@@ -51,6 +49,20 @@ struct Bce {
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {  // B(x, 0) is the negative's
     return soft_cross_entropy(x, y, V(S(1)) - y, e);
+  }
+};
+
+// It has kernels of its own, not scored_focal.h's: its negative is cheaper.
+struct BceLoss : RegisteredLoss {
+  static constexpr LossKind kKind{6};
+  static constexpr const char* kName = "bce_loss";
+  static constexpr LossParameter kParameters[] = {
+      {"unused", ParameterRange::kFinite}};  // a list of no numbers is none to torch
+  static constexpr bool kScores = true;
+
+  template <class S, Path, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams&, const Use& use) {
+    use(Type<Bce<S, kAccuracy>>());
   }
 };
 

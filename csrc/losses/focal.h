@@ -44,9 +44,6 @@ struct Focal {
   Multiple<S> multiple;  // of the power, with kAny
   S half_smoothing;      // h; read only with kSmoothing
 
-  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
-                                                  {"label_smoothing", ParameterRange::kUnit},
-                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
   static constexpr bool kScores = false;
 
   Focal() = default;
@@ -262,5 +259,25 @@ struct Focal {
 
 template <class S, Gamma kGamma, bool kSmoothing, Accuracy kAccuracy>
 constexpr bool kHasSecond<Focal<S, kGamma, kSmoothing, kAccuracy>> = true;
+
+// Label smoothing has generic kernels alone, and none for the usual exponent.
+struct FocalLoss : RegisteredLoss {
+  static constexpr LossKind kKind{0};
+  static constexpr const char* kName = "focal_loss";
+  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
+                                                  {"label_smoothing", ParameterRange::kUnit},
+                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
+
+  FASTFOCAL_HD static bool has_fast_kernel(const LossParams& params) { return params.value[1] == 0; }
+
+  template <class S, Path kPath, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams& params, const Use& use) {
+    if constexpr (kPath != Path::kFast) {
+      if (params.value[1] != 0) return use(Type<Focal<S, Gamma::kAny, true, kAccuracy>>());
+    }
+    with_exponents<kPath, Focal<S, Gamma::kTwo, false, kAccuracy>, Focal<S, Gamma::kAny, false, kAccuracy>>(
+        params.value[0] == 2, use);
+  }
+};
 
 }  // namespace fastfocal

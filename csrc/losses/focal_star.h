@@ -15,7 +15,6 @@ struct FocalStar {
   S gamma, beta;
   S share;  // 1 / gamma; finite, as 0 times it has to be 0
 
-  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kPositive}, {"beta", ParameterRange::kFinite}};
   static constexpr bool kScores = false;
 
   FocalStar() = default;
@@ -140,5 +139,16 @@ struct FocalStar {
 
 template <class S, Accuracy kAccuracy>
 constexpr bool kHasSecond<FocalStar<S, kAccuracy>> = true;
+
+struct FocalLossStar : RegisteredLoss {
+  static constexpr LossKind kKind{1};
+  static constexpr const char* kName = "focal_loss_star";
+  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kPositive}, {"beta", ParameterRange::kFinite}};
+
+  template <class S, Path, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams&, const Use& use) {
+    use(Type<FocalStar<S, kAccuracy>>());
+  }
+};
 
 }  // namespace fastfocal

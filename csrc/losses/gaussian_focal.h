@@ -21,8 +21,6 @@ struct GaussianFocal : Focal<S, kGamma, false, kAccuracy> {
   S limit, limit_rest;          // l; infinite for eps = 0
   Multiple<S> multiple_target;  // of log(1 - y)
 
-  static constexpr LossParameter kParameters[] = {
-      {"alpha", ParameterRange::kNonnegative}, {"gamma", ParameterRange::kNonnegative}, {"eps", ParameterRange::kUnit}};
   static constexpr bool kScores = false;
 
   GaussianFocal() = default;
@@ -98,6 +96,23 @@ struct GaussianFocal : Focal<S, kGamma, false, kAccuracy> {
     const auto outside = minus_absolute(z) < zero - bound;
     const V rest = V(limit_rest), more = t.grad * select(is_negative(z), zero - rest, rest);
     return {t.loss + select(outside, more, zero), select(outside, zero, t.grad)};
+  }
+};
+
+// No fast kernels: its targets are dense in the heads that train with it.
+struct GaussianFocalLoss : RegisteredLoss {
+  static constexpr LossKind kKind{7};
+  static constexpr const char* kName = "gaussian_focal_loss";
+  static constexpr LossParameter kParameters[] = {
+      {"alpha", ParameterRange::kNonnegative}, {"gamma", ParameterRange::kNonnegative}, {"eps", ParameterRange::kUnit}};
+
+  FASTFOCAL_HD static bool has_fast_kernel(const LossParams&) { return false; }
+
+  template <class S, Path kPath, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams& params, const Use& use) {
+    if constexpr (kPath != Path::kFast)
+      with_exponents<kPath, GaussianFocal<S, Gamma::kTwo, kAccuracy>, GaussianFocal<S, Gamma::kAny, kAccuracy>>(
+          params.value[0] == 2 && params.value[1] == 4, use);
   }
 };
 

@@ -19,7 +19,6 @@ struct IouAwareBce : Focal<S, kGamma, false, kAccuracy> {
   S of_prediction, of_score;  // alpha, 1 - alpha
   S log_of_zero;              // where alpha is 1, a score of 0 is 1 to the power of 0
 
-  static constexpr LossParameter kParameters[] = {{"alpha", ParameterRange::kUnit}, {"gamma", ParameterRange::kNonnegative}};
   static constexpr bool kScores = true;
 
   IouAwareBce() = default;
@@ -65,6 +64,12 @@ struct IouAwareBce : Focal<S, kGamma, false, kAccuracy> {
     const auto clamped = target.t < V(S(kLeast));
     return soft_cross_entropy(x, select(clamped, V(S(kLeast)), target.t), select(clamped, V(S(1 - kLeast)), target.rest), e);
   }
+};
+
+struct IouAwareBceLoss : RegisteredScoredFocal {
+  static constexpr LossKind kKind{5};
+  static constexpr const char* kName = "iou_aware_bce_loss";
+  static constexpr LossParameter kParameters[] = {{"alpha", ParameterRange::kUnit}, {"gamma", ParameterRange::kNonnegative}};
 };
 
 }  // namespace fastfocal

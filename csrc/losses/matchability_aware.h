@@ -17,7 +17,6 @@ struct MatchabilityAware : Focal<S, kGamma, false, kAccuracy> {
   using Negative = Focal<S, kGamma, false, kAccuracy>;
   S exponent;  // gamma
 
-  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative}};
   static constexpr bool kScores = true;
 
   MatchabilityAware() = default;
@@ -60,6 +59,12 @@ struct MatchabilityAware : Focal<S, kGamma, false, kAccuracy> {
       return soft_cross_entropy(x, select(is_zero, of_zero, target.t), select(is_zero, one - of_zero, target.rest), e);
     }
   }
+};
+
+struct MatchabilityAwareLoss : RegisteredScoredFocal {
+  static constexpr LossKind kKind{4};
+  static constexpr const char* kName = "matchability_aware_loss";
+  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative}};
 };
 
 }  // namespace fastfocal

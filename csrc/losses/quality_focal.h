@@ -52,8 +52,6 @@ struct QualityFocal : Focal<S, kGamma, false, kAccuracy> {
   using Negative = Focal<S, kGamma, false, kAccuracy>;
   Multiple<S> of_distance;  // its power, with kAny
 
-  static constexpr LossParameter kParameters[] = {{"beta", ParameterRange::kNonnegative},
-                                                  {"activated", ParameterRange::kFlag}};
   static constexpr bool kScores = true;
 
   QualityFocal() = default;
@@ -86,8 +84,6 @@ template <class S, Gamma kGamma, Accuracy kAccuracy = Accuracy::kFloat>
 struct QualityFocalActivated {
   Multiple<S> multiple;
 
-  static constexpr LossParameter kParameters[] = {{"beta", ParameterRange::kNonnegative},
-                                                  {"activated", ParameterRange::kFlag}};
   static constexpr bool kScores = true;
 
   QualityFocalActivated() = default;
@@ -146,6 +142,24 @@ struct QualityFocalActivated {
   FASTFOCAL_HD static V minus_log_of_rest(V p) {
     const V one = V(S(1)), rest = one - p, lost = (one - rest) - p;
     return minus_log_of(rest) - lost * reciprocal(clamp_min(rest, smallest_normal<V>()));
+  }
+};
+
+// Of probabilities it has generic kernels alone, and none for the usual exponent.
+struct QualityFocalLoss : RegisteredScoredFocal {
+  static constexpr LossKind kKind{3};
+  static constexpr const char* kName = "quality_focal_loss";
+  static constexpr LossParameter kParameters[] = {{"beta", ParameterRange::kNonnegative},
+                                                  {"activated", ParameterRange::kFlag}};
+
+  FASTFOCAL_HD static bool has_fast_kernel(const LossParams& params) { return params.value[1] == 0; }
+
+  template <class S, Path kPath, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams& params, const Use& use) {
+    if constexpr (kPath != Path::kFast) {
+      if (params.value[1] != 0) return use(Type<QualityFocalActivated<S, Gamma::kAny, kAccuracy>>());
+    }
+    RegisteredScoredFocal::with_formula<S, kPath, kAccuracy>(params, use);
   }
 };
 

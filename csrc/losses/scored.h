@@ -91,4 +91,19 @@ FASTFOCAL_HD Target<V> target_of(V exp_of_y, V y) {
   return {select(V(-0.35f) < y, V(1) - rest, exp_of_y), rest};
 }
 
+// A loss with the focal loss's negative, for registry.h: such losses share their kernels, those of scored_focal.h, where a new one
+// has its positive in a switch.
+template <class S, Gamma kGamma, Accuracy kAccuracy = Accuracy::kFloat>
+struct ScoredFocal;
+
+struct RegisteredScoredFocal : RegisteredLoss {
+  static constexpr bool kScores = true;
+
+  template <class S, Path kPath, Accuracy kAccuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams& params, const Use& use) {
+    with_exponents<kPath, ScoredFocal<S, Gamma::kTwo, kAccuracy>, ScoredFocal<S, Gamma::kAny, kAccuracy>>(
+        ScoredFocal<S, Gamma::kAny>::exponent_of(params) == 2, use);
+  }
+};
+
 }  // namespace fastfocal

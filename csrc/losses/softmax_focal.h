@@ -44,8 +44,6 @@ struct SoftmaxFocal {
   Multiple<S> multiple;  // of the power, with Gamma::kAny
 
   static constexpr bool kScores = false;
-  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
-                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
 
   SoftmaxFocal() = default;
   FASTFOCAL_HD explicit SoftmaxFocal(const LossParams& params)
@@ -106,6 +104,19 @@ struct SoftmaxFocal {
     }
     const V grad = power * fused_multiply_add(V(gamma) * p, clamp_max(ce, V(S(kLarge))), q);
     return {power * ce, grad, select(others < least, zero, reciprocal(others))};
+  }
+};
+
+struct SoftmaxFocalLoss : RegisteredLoss {
+  static constexpr LossKind kKind{9};
+  static constexpr const char* kName = "softmax_focal_loss";
+  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
+                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
+  static constexpr bool kTakesAnchors = true;
+
+  template <class S, Path kPath, Accuracy, class Use>
+  FASTFOCAL_HOST static void with_formula(const LossParams& params, const Use& use) {
+    with_exponents<kPath, SoftmaxFocal<S, Gamma::kTwo>, SoftmaxFocal<S, Gamma::kAny>>(params.value[0] == 2, use);
   }
 };
 

@@ -17,9 +17,6 @@ struct Varifocal : Focal<S, kGamma, false, kAccuracy> {
   using Negative = Focal<S, kGamma, false, kAccuracy>;
   bool iou_weighted;
 
-  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
-                                                  {"iou_weighted", ParameterRange::kFlag},
-                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
   static constexpr bool kScores = true;
 
   Varifocal() = default;
@@ -52,6 +49,14 @@ struct Varifocal : Focal<S, kGamma, false, kAccuracy> {
     if (!iou_weighted) return t;
     return {weigh(t.loss, score), t.grad * score};
   }
+};
+
+struct VarifocalLoss : RegisteredScoredFocal {
+  static constexpr LossKind kKind{2};
+  static constexpr const char* kName = "varifocal_loss";
+  static constexpr LossParameter kParameters[] = {{"gamma", ParameterRange::kNonnegative},
+                                                  {"iou_weighted", ParameterRange::kFlag},
+                                                  {"detach_modulating_factor", ParameterRange::kFlag}};
 };
 
 }  // namespace fastfocal

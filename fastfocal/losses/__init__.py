@@ -1,65 +1,22 @@
-"""The losses, one file each. A new one is imported here, has its public names in `__all__` and its row in `LOSSES`."""
+"""The losses, one file each. A new one is a row here: it imports the file's `__all__`, a function and a module."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import typing as _typing
 
-from fastfocal.losses.asymmetric import AsymmetricLoss, FastAsymmetricLoss, asymmetric_loss
-from fastfocal.losses.bce import BCELoss, FastBCELoss, bce_loss
-from fastfocal.losses.focal import FastFocalLoss, FocalLoss, focal_loss
-from fastfocal.losses.focal_star import FastFocalLossStar, FocalLossStar, focal_loss_star
-from fastfocal.losses.gaussian_focal import FastGaussianFocalLoss, GaussianFocalLoss, gaussian_focal_loss
-from fastfocal.losses.iou_aware_bce import FastIoUAwareBCELoss, IoUAwareBCELoss, iou_aware_bce_loss
-from fastfocal.losses.loss import Loss, Module
-from fastfocal.losses.matchability_aware import (
-    FastMatchabilityAwareLoss,
-    MatchabilityAwareLoss,
-    matchability_aware_loss,
-)
-from fastfocal.losses.quality_focal import FastQualityFocalLoss, QualityFocalLoss, quality_focal_loss
-from fastfocal.losses.softmax_focal import FastSoftmaxFocalLoss, SoftmaxFocalLoss, softmax_focal_loss
-from fastfocal.losses.varifocal import FastVarifocalLoss, VarifocalLoss, varifocal_loss
+from fastfocal.losses.asymmetric import *
+from fastfocal.losses.bce import *
+from fastfocal.losses.focal import *
+from fastfocal.losses.focal_star import *
+from fastfocal.losses.gaussian_focal import *
+from fastfocal.losses.iou_aware_bce import *
+from fastfocal.losses.loss import Member as Member
+from fastfocal.losses.loss import members_of as _members_of
+from fastfocal.losses.matchability_aware import *
+from fastfocal.losses.quality_focal import *
+from fastfocal.losses.softmax_focal import *
+from fastfocal.losses.varifocal import *
 
-__all__ = [
-    "FastAsymmetricLoss",
-    "FastBCELoss",
-    "FastFocalLoss",
-    "FastFocalLossStar",
-    "FastGaussianFocalLoss",
-    "FastIoUAwareBCELoss",
-    "FastMatchabilityAwareLoss",
-    "FastQualityFocalLoss",
-    "FastSoftmaxFocalLoss",
-    "FastVarifocalLoss",
-    "asymmetric_loss",
-    "bce_loss",
-    "focal_loss",
-    "focal_loss_star",
-    "gaussian_focal_loss",
-    "iou_aware_bce_loss",
-    "matchability_aware_loss",
-    "quality_focal_loss",
-    "softmax_focal_loss",
-    "varifocal_loss",
-]
+LOSSES: tuple[Member, ...] = _members_of(globals())  # in the order of their numbers
 
-
-class Member(NamedTuple):
-    """A loss: the reference makes its own function and module of it."""
-
-    parameters: type[Loss]
-    function: Callable[..., Any]
-    module: type[Module]
-
-
-LOSSES = (
-    Member(FocalLoss, focal_loss, FastFocalLoss),
-    Member(FocalLossStar, focal_loss_star, FastFocalLossStar),
-    Member(VarifocalLoss, varifocal_loss, FastVarifocalLoss),
-    Member(QualityFocalLoss, quality_focal_loss, FastQualityFocalLoss),
-    Member(MatchabilityAwareLoss, matchability_aware_loss, FastMatchabilityAwareLoss),
-    Member(IoUAwareBCELoss, iou_aware_bce_loss, FastIoUAwareBCELoss),
-    Member(BCELoss, bce_loss, FastBCELoss),
-    Member(GaussianFocalLoss, gaussian_focal_loss, FastGaussianFocalLoss),
-    Member(AsymmetricLoss, asymmetric_loss, FastAsymmetricLoss),
-    Member(SoftmaxFocalLoss, softmax_focal_loss, FastSoftmaxFocalLoss),
-)
+# Type checkers follow the imports; of a list that is computed they would make an empty one.
+if not _typing.TYPE_CHECKING:
+    __all__ = sorted(name for member in LOSSES for name in (member.function.__name__, member.module.__name__))

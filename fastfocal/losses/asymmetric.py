@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor, share_of
 from fastfocal.losses.loss import Loss, Module
 from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
+
+__all__ = ["FastAsymmetricLoss", "asymmetric_loss"]
 
 
 def share_or_none(name: str, value: object) -> float | None:
@@ -27,7 +29,7 @@ def share_or_none(name: str, value: object) -> float | None:
 
 @checked
 class AsymmetricLoss(Loss):
-    kind = ops.ASYMMETRIC
+    kind = 8  # AsymmetricLoss::kKind in csrc/losses/asymmetric.h
     name = "asymmetric_loss"
     defaults = {"normalizer": None}  # noqa: RUF012  soft targets, which have no positives to count
 

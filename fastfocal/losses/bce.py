@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import ops, pyramid
+from fastfocal import pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy
 from fastfocal.losses.loss import Loss, ScoredModule
 from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, with_signature
 
+__all__ = ["FastBCELoss", "bce_loss"]
+
 
 @checked
 class BCELoss(Loss):
-    kind = ops.BCE
+    kind = 6  # BceLoss::kKind in csrc/losses/bce.h
     name = "bce_loss"
     takes_scores = True
 

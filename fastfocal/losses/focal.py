@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Alpha, Loss, Module, PerClass, Weight, alpha_weights
 from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
 
+__all__ = ["FastFocalLoss", "focal_loss"]
+
 
 @checked
 class FocalLoss(Loss):
-    kind = ops.FOCAL_LOSS
+    kind = 0  # FocalLoss::kKind in csrc/losses/focal.h
     name = "focal_loss"
 
     alpha: Any = option(0.25, checks.alpha)

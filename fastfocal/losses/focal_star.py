@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Alpha, Loss, Module, PerClass, Weight, alpha_weights
 from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
+
+__all__ = ["FastFocalLossStar", "focal_loss_star"]
 
 
 def above_0(name: str, value: object) -> float:
@@ -30,7 +32,7 @@ def above_0(name: str, value: object) -> float:
 
 @checked
 class FocalLossStar(Loss):
-    kind = ops.FOCAL_LOSS_STAR
+    kind = 1  # FocalLossStar::kKind in csrc/losses/focal_star.h
     name = "focal_loss_star"
 
     alpha: Any = option(0.25, checks.alpha)

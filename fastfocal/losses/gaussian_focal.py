@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor, share_of
 from fastfocal.losses.loss import Loss, Module
 from fastfocal.options import CommonOptions, ModuleOptions, Reduced, Reduction, checked, option, with_signature
+
+__all__ = ["FastGaussianFocalLoss", "gaussian_focal_loss"]
 
 
 def below_half(name: str, value: object) -> float:
@@ -31,7 +33,7 @@ def below_half(name: str, value: object) -> float:
 
 @checked
 class GaussianFocalLoss(Loss):
-    kind = ops.GAUSSIAN_FOCAL
+    kind = 7  # GaussianFocalLoss::kKind in csrc/losses/gaussian_focal.h
     name = "gaussian_focal_loss"
     targets = "soft"
     positive_target = 1.0

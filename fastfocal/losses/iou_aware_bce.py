@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss, ScoredModule
 from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
+__all__ = ["FastIoUAwareBCELoss", "iou_aware_bce_loss"]
+
 
 @checked
 class IoUAwareBCELoss(Loss):
-    kind = ops.IOU_AWARE_BCE
+    kind = 5  # IouAwareBceLoss::kKind in csrc/losses/iou_aware_bce.h
     name = "iou_aware_bce_loss"
     takes_scores = True
 

@@ -6,7 +6,7 @@
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ Alpha = float | Sequence[float] | Tensor | None
 class Loss(Checked):
     """The parameters of a loss, each an `option` with its check; and the loss itself in pure PyTorch."""
 
-    kind: ClassVar[int]  # LossKind in csrc/
+    kind: ClassVar[int]  # its number to the operators: kKind in its header in csrc/losses/
     name: ClassVar[str]  # of the function
     # Defaults of shared options, where they are others than everybody's.
     defaults: ClassVar[Mapping[str, Any]] = {}
@@ -392,3 +392,21 @@ class ScoredModule(Module):
     ) -> Tensor:
         """As :meth:`Module.fused_with`, with scores as `forward` takes them."""
         return self._fused(head, features, targets, weight, normalizer, scores, class_mask, chunk_bytes)
+
+
+# --- the registry -----------------------------------------------------------------------------------------------------
+
+
+class Member(NamedTuple):
+    """A loss: the reference makes its own function and module of it."""
+
+    parameters: type[Loss]
+    function: Callable[..., Any]
+    module: type[Module]
+
+
+def members_of(names: Mapping[str, Any]) -> tuple[Member, ...]:
+    """The losses whose module and function are among these names, in the order of their numbers."""
+    modules = [value for value in names.values() if isinstance(value, type) and issubclass(value, Module)]
+    members = [Member(module.parameters_of_loss, names[module.parameters_of_loss.name], module) for module in modules]
+    return tuple(sorted(members, key=lambda member: member.parameters.kind))

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss, ScoredModule, Weight
 from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
+
+__all__ = ["FastMatchabilityAwareLoss", "matchability_aware_loss"]
 
 
 def at_least_0_or_none(name: str, value: object) -> float | None:
@@ -27,7 +29,7 @@ def at_least_0_or_none(name: str, value: object) -> float | None:
 
 @checked
 class MatchabilityAwareLoss(Loss):
-    kind = ops.MATCHABILITY_AWARE
+    kind = 4  # MatchabilityAwareLoss::kKind in csrc/losses/matchability_aware.h
     name = "matchability_aware_loss"
     takes_scores = True
 

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor
 from fastfocal.losses.loss import Loss, ScoredModule
 from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
+__all__ = ["FastQualityFocalLoss", "quality_focal_loss"]
+
 
 @checked
 class QualityFocalLoss(Loss):
-    kind = ops.QUALITY_FOCAL
+    kind = 3  # QualityFocalLoss::kKind in csrc/losses/quality_focal.h
     name = "quality_focal_loss"
     takes_scores = True
 

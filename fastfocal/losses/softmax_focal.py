@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Loss, Module
 from fastfocal.options import (
@@ -28,10 +28,12 @@ from fastfocal.options import (
     with_signature,
 )
 
+__all__ = ["FastSoftmaxFocalLoss", "softmax_focal_loss"]
+
 
 @checked
 class SoftmaxFocalLoss(Loss):
-    kind = ops.SOFTMAX_FOCAL
+    kind = 9  # SoftmaxFocalLoss::kKind in csrc/losses/softmax_focal.h
     name = "softmax_focal_loss"
     targets = "labels"
     takes_anchors = True

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastfocal import checks, ops, pyramid
+from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.focal import cross_entropy, modulating_factor, share_of
 from fastfocal.losses.loss import Loss, ScoredModule, Weight
 from fastfocal.options import ModuleOptions, Reduced, Reduction, ScoredOptions, checked, option, with_signature
 
+__all__ = ["FastVarifocalLoss", "varifocal_loss"]
+
 
 @checked
 class VarifocalLoss(Loss):
-    kind = ops.VARIFOCAL
+    kind = 2  # VarifocalLoss::kKind in csrc/losses/varifocal.h
     name = "varifocal_loss"
     takes_scores = True
 
