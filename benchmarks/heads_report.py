@@ -88,8 +88,8 @@ def table(data: dict[str, Any]) -> Iterator[str]:
     yield "# The last convolution and the loss together\n"
     yield f"{data['where']} · `python -m benchmarks.heads`\n"
     yield "Features to gradients of features, weight and bias; 256 channels, 3x3, P3-P7. Times over those of `FastFocalLoss`"
-    yield "after the convolution, medians of rounds in which each row ran once; in brackets the least and the largest. Peak extra"
-    yield "memory: each row in a process of its own. [benchmarks/README.md](../README.md#fused-heads) has the method.\n"
+    yield "after the convolution, medians of rounds in which each row ran once; in brackets the least and the largest. Peak"
+    yield "extra memory: each row in a process of its own. [benchmarks/README.md](../README.md#fused-heads) has the method.\n"
     missed = [f"* {words(key)}: {verdict}" for key, case in data["cases"].items() for verdict in verdicts(key, case)]
     yield "Aims of `fused_with`: peak at most 1.5 x gradients + 100 MiB; time at most 1.05 from K = 80 on, less than 1 from"
     yield "K = 1000 on. Missed:\n" if missed else "K = 1000 on. None is missed in what was measured.\n"
@@ -113,8 +113,8 @@ def table(data: dict[str, Any]) -> Iterator[str]:
         yield ""
     if data["tensor_bytes"]:
         yield "## Tensors alone\n"
-        yield "Bytes of the tensors that live at once, at their most, as PyTorch's dispatcher sees them made and released: what a"
-        yield "GPU would hold, beside the convolution's workspaces. Counted over tensors without memory; `--bytes`.\n"
+        yield "Bytes of the tensors that live at once, at their most, as PyTorch's dispatcher sees them made and released:"
+        yield "what a GPU would hold, beside the convolution's workspaces. Counted over tensors without memory; `--bytes`.\n"
         yield from bytes_table(data)
 
 
@@ -151,7 +151,7 @@ def numbers(data: dict[str, Any], out: Path, picture: str | None) -> Iterator[st
     if any(case["left_out"] for case in data["cases"].values()):
         yield "\nAn empty cell did not fit into the machine's memory."
     if data["tensor_bytes"]:
-        yield "\nThe tensors alone, which is what a GPU would hold beside the convolution's workspaces (counted, not run on one):\n"
+        yield "\nThe tensors alone, as a GPU would hold them beside the convolution's workspaces (counted, not run on one):\n"
         yield from bytes_table(data)
     for path in sorted(out.glob("torchvision_training_*_K*.json")):
         run = json.loads(path.read_text())
