@@ -77,7 +77,9 @@ def text_of(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
 
-def label(name: str) -> str:
+def label(name: str, data: dict[str, Any]) -> str:
+    if name == "stock" and "torchvision" not in data["where"]:
+        return "stock: torchvision's formula"
     return LABELS.get(name, f"`fused_with(..., chunk_bytes={name.split()[-2]} * 2**20)`" if " MiB" in name else name)
 
 
@@ -107,9 +109,9 @@ def table(data: dict[str, Any]) -> Iterator[str]:
             near = spread(case, name)
             between = "" if near is None or name == BASE else f" ({near[0]:.2f} - {near[1]:.2f})"
             time = text_of(ratio(case, name, 0), 2) + between
-            yield f"| {label(name)} | {text_of(peak_mib(case, name), 0)} | {time} | {text_of(ratio(case, name, 1), 2)} |"
+            yield f"| {label(name, data)} | {text_of(peak_mib(case, name), 0)} | {time} | {text_of(ratio(case, name, 1), 2)} |"
         for name, why in case["left_out"].items():
-            yield f"| {label(name)} | left out: {why} | | |"
+            yield f"| {label(name, data)} | left out: {why} | | |"
         yield ""
     if data["tensor_bytes"]:
         yield "## Tensors alone\n"
@@ -214,12 +216,12 @@ def draw(data: dict[str, Any], path: Path) -> Path | None:
                 axes.plot(*zip(*alone, strict=True), **{**kept, "linestyle": "none"})
         gradients = [(classes_of(k), c["gradient_bytes"] / MIB, "-A9-" in k) for k, c in chosen.items()]
         line = [(k, mib) for k, mib, nine in gradients if nine]
-        look = {"color": style.ATTENTION, "linewidth": 1.3, "linestyle": (0, (1, 1.2))}
+        look = {"color": style.QUIET, "linewidth": 1.3, "linestyle": (0, (1, 1.2))}
         if line:
             axes.plot(*zip(*line, strict=True), label="the gradients alone", **look)
         alone = [(k, mib) for k, mib, nine in gradients if not nine]
         if alone:
-            axes.plot(*zip(*alone, strict=True), color=style.ATTENTION, marker="_", markersize=12, linestyle="none")
+            axes.plot(*zip(*alone, strict=True), color=style.QUIET, marker="_", markersize=12, linestyle="none")
         ticks = [classes_of(k) for k in chosen]
         axes.set_xticks(
             ticks, [f"{k:,}" if "-A9-" in key else f"{k:,}\n(A = 1)" for k, key in zip(ticks, chosen, strict=True)]
