@@ -168,12 +168,10 @@ def lay_out(rows: Tensor, case: Case, cells: tuple[int, int]) -> Tensor:
     return level.contiguous(memory_format=memory)
 
 
-def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """The same values in every layout and, up to rounding, in every dtype. Drawn where they are wanted: 1e9 take a while."""
-    generator = torch.Generator(device).manual_seed(seed)
-    pyramid = case.pyramid
-    anchors = sum(pyramid.level_anchors)
-    kind = torch.rand(pyramid.images, anchors, generator=generator, device=device)
+def draw_labels(case: Case, generator: torch.Generator) -> Tensor:
+    """(N, sum M) int64, on the generator's device."""
+    pyramid, device = case.pyramid, generator.device
+    kind = torch.rand(pyramid.images, sum(pyramid.level_anchors), generator=generator, device=device)
     labels = torch.randint(pyramid.classes, kind.shape, generator=generator, device=device)
     if kind.numel() < 1000:
         kind[0, 0] = 0  # at least one positive
@@ -181,6 +179,14 @@ def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         labels[kind >= POSITIVE] = pyramid.classes
     if case.loss == "focal_loss":  # the assigners of the other losses' heads ignore no anchor
         labels[kind >= 1 - IGNORED] = -1
+    return labels
+
+
+def draw(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """The same values in every layout and, up to rounding, in every dtype. Drawn where they are wanted: 1e9 take a while."""
+    generator = torch.Generator(device).manual_seed(seed)
+    pyramid = case.pyramid
+    labels = draw_labels(case, generator)
     positives = int(((labels >= 0) & (labels < pyramid.classes)).sum())
 
     levels: list[Tensor] = []

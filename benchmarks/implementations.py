@@ -68,7 +68,7 @@ def sigmoid_focal_loss(x: Tensor, targets: Tensor, alpha: float, gamma: float) -
 Formula = Callable[[Tensor, Tensor, float, float], Tensor]
 
 
-def _sum(x: Tensor, labels: Tensor, soft: Tensor | None, case: Case, formula: Formula) -> Tensor:
+def summed(x: Tensor, labels: Tensor, soft: Tensor | None, case: Case, formula: Formula) -> Tensor:
     """Sum of the losses of logits (N, M, K). 16-bit logits are computed in float32, as fvcore and autocast do."""
     x = x.float()
     if soft is not None:
@@ -94,7 +94,7 @@ def per_level(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:
     sums = []
     for index, labels in enumerate(inputs.labels.split(case.pyramid.level_anchors, dim=1)):
         soft = None if inputs.soft is None else flatten(inputs.soft[index], k)
-        sums.append(_sum(flatten(levels[index], k), labels, soft, case, sigmoid_focal_loss))
+        sums.append(summed(flatten(levels[index], k), labels, soft, case, sigmoid_focal_loss))
     return divide(torch.stack(sums).sum(), case, inputs)
 
 
@@ -102,7 +102,7 @@ def _concatenated(case: Case, levels: list[Tensor], inputs: Inputs, formula: For
     k = case.pyramid.classes
     x = torch.cat([flatten(level, k) for level in levels], dim=1)
     soft = None if inputs.soft is None else torch.cat([flatten(level, k) for level in inputs.soft], dim=1)
-    return divide(_sum(x, inputs.labels, soft, case, formula), case, inputs)
+    return divide(summed(x, inputs.labels, soft, case, formula), case, inputs)
 
 
 def concatenated(case: Case, levels: list[Tensor], inputs: Inputs) -> Tensor:

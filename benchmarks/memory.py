@@ -24,9 +24,14 @@ import json
 import mmap
 import subprocess
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 _MMAP_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -4, -3, -1  # of mallopt in malloc.h
@@ -118,6 +123,40 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
     before = _resident()[0]
     call()
     return max(0, _resident()[1] - before)
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that live at once: what a device's memory holds of them, workspaces aside.
+
+    `now` and `peak` are of the tensors made within the context, `given` and views of them not among them. Also of tensors
+    without memory (FakeTensorMode), so that a case needs no machine that it fits into.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._given = [t.untyped_storage() for t in given]  # kept, so that no new storage gets their address
+        self._known: dict[int, Any] = {storage._cdata: None for storage in self._given}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                self._add(t.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def available_bytes(device: torch.device) -> int:
