@@ -297,7 +297,8 @@ def recomputed(ctx: Any, incoming: Tensor) -> list[Tensor | None]:
     """The gradients, with each image's own incoming one folded into what its loss is divided by."""
     sizes: Sizes = ctx.sizes
     count = len(ctx.dtypes)
-    tensors, others = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint hands each out a single time
+    tensors, others = saved[:count], saved[count:]
     call: HeadCall = ctx.call
     call = call.changed(options=call.options.with_tensors(others[:-1]), divisor=others[-1])
     wanted = Wanted(*sizes.split(list(ctx.needs_input_grad[3:])))
