@@ -112,7 +112,7 @@ class PyramidLossFunction(torch.autograd.Function):
         mode, options, dense, needs_grad, copied = recorded
         hooked = has_hooks()
         saved: list[Any]
-        ctx.again = None
+        again: Again | None = None
         if mode == "recompute":
             with below_autograd():
                 losses, _ = ops.pyramid_loss(dense, options, [0] * len(dense))
@@ -133,14 +133,15 @@ class PyramidLossFunction(torch.autograd.Function):
                 losses, saved = ops.pyramid_loss(dense, options, needs_grad)
             if not hooked:
                 read = None if copied is None else describe(dense, hooked=False)
-                ctx.again = logits, options, read, versions_of(logits, options)
+                again = logits, options, read, versions_of(logits, options)
+        ctx.again = again
         # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
         # without a copy.
         ctx.save_for_backward(*saved)
         # Gradients in other memory are the same gradients; what is read together has to lie as it did.
         as_read = [*dense, *saved[len(dense) :]] if mode == "recompute" else saved
         kept = describe(as_read, hooked) if hooked or mode == "recompute" else None
-        per_anchor = options.num_classes if options.takes_anchors and options.reduction == ops.NONE else None
+        per_anchor = options.num_classes if options.reduction == ops.NONE and options.takes_anchors else None
         ctx.kept = mode, options.reduction, per_anchor, needs_grad, copied, hooked, kept
         return tuple(losses)
 
@@ -150,8 +151,8 @@ class PyramidLossFunction(torch.autograd.Function):
             refuse_batched(grad_outputs[0])
         mode, reduction, per_anchor, needs_grad, copied, hooked, kept = ctx.kept
         gradients = list(ctx.saved_tensors) if kept is None else restore(ctx.saved_tensors, kept)
-        again = ctx.again
-        if again is not None and not graph_is_kept():
+        again, followed = ctx.again, graph_is_kept()
+        if not followed:
             ctx.again = None  # with the saved tensors
         if torch.is_grad_enabled():
             gradients = PyramidLossFunction.differentiable(ctx, gradients, again, grad_outputs)
@@ -162,7 +163,7 @@ class PyramidLossFunction(torch.autograd.Function):
                 times(t, g if per_anchor is None else of_each_logit(g, t, per_anchor)) if need else t
                 for t, g, need in zip(gradients, grad_outputs, needs_grad, strict=True)
             ]
-        elif hooked or graph_is_kept():
+        elif hooked or followed:
             # What was saved is handed out itself only if nobody can ask for it again: it then belongs to whoever got it.
             with below_autograd():
                 gradients = ops.operators.scale_gradients(gradients, grad_outputs[0], reduction)

@@ -411,13 +411,23 @@ def read_per_anchor(name: str, plural: str, value: Levels, pyramid: Pyramid) -> 
             raise TypeError(f"{name}[{i}]: expected floating {plural}, got {t.dtype}")
     if len(rows) < len(pyramid.dense):
         rows = list(rows[0].split(pyramid.anchors, dim=1))
-    flat = []
-    for t, logits in zip(rows, pyramid.dense, strict=True):
-        if not checks.is_class_last(logits):  # (N, cell, a) -> (N, a, cell)
-            a = logits.shape[1] // pyramid.num_classes
-            t = t.unflatten(1, (logits.shape[2] * logits.shape[3], a)).transpose(1, 2)
-        flat.append(t.reshape(-1))
-    return torch.cat(flat).to(pyramid.accumulation_dtype)
+    dtype = pyramid.accumulation_dtype
+    if all(map(checks.is_class_last, pyramid.dense)):
+        return torch.cat([t.reshape(-1) for t in rows]).to(dtype)
+    by_cell = []  # (N, cell, a), of which the kernels read (N, a, cell)
+    for t, logits, m in zip(rows, pyramid.dense, pyramid.anchors, strict=True):
+        a = 1 if checks.is_class_last(logits) else max(1, logits.shape[1] // pyramid.num_classes)
+        by_cell.append(t.view(t.shape[0], m // a, a))
+    if is_compiling():  # a compiler makes one pass of it
+        return torch.cat([t.transpose(1, 2).reshape(-1) for t in by_cell]).to(dtype)
+    # Each value is written once where it belongs; a copy in that order and `cat` are two passes.
+    images = rows[0].shape[0]
+    flat = rows[0].new_empty(images * sum(pyramid.anchors), dtype=dtype)
+    start = 0
+    for t, m in zip(by_cell, pyramid.anchors, strict=True):
+        flat.as_strided(t.shape, (m, 1, t.shape[1]), start).copy_(t)
+        start += images * m
+    return flat
 
 
 def read_scores(loss: Loss, scores: Levels, pyramid: Pyramid, soft: bool) -> Tensor:

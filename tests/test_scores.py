@@ -184,6 +184,7 @@ def call(problem: Problem, loss: Scored, backend: Backend, *, scores: bool = Tru
         loss.kind,
         loss.parameters,
         problem.size.classes,
+        0,
         options.get("reduction", ops.SUM),
         [1] * count,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,8 @@ from fastfocal.checks import Levels, as_levels, shape
 from fastfocal.heads.compute import HeadCall, Wanted, compute
 from fastfocal.heads.head import ChunkBytes, Head
 from fastfocal.heads.layers import Linear
+from fastfocal.heads.operator import arguments_of
+from fastfocal.heads.sizes import Sizes
 from fastfocal.heads.tiles import tile_bytes
 from fastfocal.options import Inputs, Options
 from fastfocal.prepare import Pyramid
@@ -50,7 +51,11 @@ def head_loss(
     pyramid = pyramid_of(levels, given, head, dtype, options.num_classes)
     _, known = start(loss, options, inputs, ranks, running, pyramid)
     wants = torch.is_grad_enabled() and any(t.requires_grad for t in (*levels, *head.weights, *head.biases))
-    recompute = options.grad_mode == "recompute" or options.reduction in ("level", "image") or (wants and has_hooks())
+    recompute = (
+        options.grad_mode == "recompute"
+        or options.reduction in ("level", "image")
+        or (wants and not is_compiling() and has_hooks())
+    )
     divisor, factor = known.divisor, None
     if dtype == torch.float16 and wants and not recompute:
         divisor, factor = defer(known, levels[0].device)
@@ -58,7 +63,10 @@ def head_loss(
     sizes = Sizes(len(levels), len(head.weights), dtype)
     tensors = (*levels, *head.weights, *head.biases)
     with torch.autocast(levels[0].device.type, enabled=False):
-        if wants:
+        if is_compiling():
+            made = [wants and not recompute and t.requires_grad for t in tensors]
+            losses, _ = torch.ops.fastfocal.head_loss(*arguments_of(call, sizes, tensors, made))
+        elif wants:
             losses = HeadLossFunction.apply(call, sizes, recompute, *tensors)
         else:
             with torch.no_grad():
@@ -201,7 +209,7 @@ def defer(known: ops.OperatorOptions, device: torch.device) -> tuple[Tensor | No
     of the levels to fit.
     """
     scales = known.level_scales
-    common = max((abs(s) for s in scales), default=0.0) or 1.0
+    common = max([abs(s) for s in scales]) or 1.0
     known.level_scales = [s / common for s in scales]
     divisor = known.divisor
     if divisor is None:
@@ -223,21 +231,6 @@ def reduced(losses: Tensor, reduction: int, dtype: torch.dtype, factor: Tensor |
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sizes:
-    levels: int
-    weights: int
-    dtype: torch.dtype  # that is computed in
-
-    def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
-        end = self.levels + self.weights
-        return list(values[: self.levels]), list(values[self.levels : end]), list(values[end:])
-
-    def parts(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        features, weights, biases = self.split([t.to(self.dtype) for t in tensors])
-        return features, weights, biases
 
 
 NO_SECOND = (

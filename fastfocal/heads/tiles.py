@@ -82,14 +82,15 @@ def tile_bytes(chunk_bytes: int | str, device: torch.device) -> int:
 
 def plan(size: LevelSize, numbers: int) -> Plan:
     """The cut of a level into tiles of at most `numbers` logits; of the smallest there are, where one channel of one image (or
-    row), or what has to stay together, is more.
+    row), or what has to stay together, is more. The weight's gradient of a tile, which waits to be added up, is bounded alike.
     """
     if size.images == 0 or size.cells == 0:
         return Plan([], [])
     best: tuple[int, int, int, Plan] | None = None
     for rows in row_groups(size):
         most = max((group.last_image - group.first_image) * (group.last - group.first) for group in rows)
-        channels = channel_groups(size, max(1, numbers // most))
+        each = max(most, size.weight_numbers // (size.anchors * size.classes))
+        channels = channel_groups(size, max(1, numbers // each))
         added = len(rows) * size.weight_numbers
         if len(channels) > 1:
             added += len(channels) * size.images * size.feature_numbers

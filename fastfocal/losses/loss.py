@@ -161,7 +161,7 @@ class Module(KeptNormalizer):
         for name, value in options.items():
             setattr(self, name, value)
         self._checked: Sequence[object] = ()
-        self._loss_and_options()
+        self._make_loss_and_options({})
 
     def forward(
         self,
@@ -236,8 +236,10 @@ class Module(KeptNormalizer):
     ) -> Tensor | list[Tensor]:
         if normalizer is None:
             normalizer = self.normalizer
-        passing = {} if is_compiling() else self._move_to_device_of(logits)
-        loss, options = self._make_loss_and_options(passing) if passing else self._loss_and_options()
+        # What is constant costs a compiler nothing.
+        compiling = is_compiling()
+        passing = {} if compiling else self._move_to_device_of(logits)
+        loss, options = self._make_loss_and_options(passing) if compiling or passing else self._loss_and_options()
         weights = passing.get("class_weight", self._buffers["_class_weight_values"])  # where nn.Module finds it third
         inputs = Inputs(
             logits=logits,
@@ -276,8 +278,6 @@ class Module(KeptNormalizer):
 
     def _loss_and_options(self) -> tuple[Loss, Options]:
         """The attributes, which are checked when one has changed."""
-        if is_compiling():  # what is constant costs nothing there
-            return self._make_loss_and_options({})
         # The same objects, not equal ones: 0 equals False, and a tensor answers with a tensor. A list may change inside.
         try:
             now: Sequence[object] = self._read(self.__dict__)
