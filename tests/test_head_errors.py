@@ -47,26 +47,82 @@ CONV: list[tuple[Changes, type[Exception], str]] = [
     ({"features": "x"}, T, r"features: expected a tensor or a sequence of tensors, one per level; got str"),
     ({"features": [torch.ones(2, C, 3, 2), 1.0]}, T, r"features\[1\]: expected a tensor, got float"),
     ({"features": second(2, C, 1)}, V, r"features\[1\]: expected \(N, C, H, W\), got shape \(2, 4, 1\)"),
-    ({"features": second(2, C, 1, 1, dtype=torch.float64)}, T, r"features\[1\]: expected the dtype of level 0, torch.float32, got torch.float64"),
-    ({"features": second(2, C, 1, 1, dtype=torch.int64)}, T, r"features\[1\]: expected float32, float16, bfloat16 or float64, got torch.int64"),
-    ({"features": second(3, C, 1, 1)}, V, r"features\[1\]: expected batch size 2 as level 0 has, got shape \(3, 4, 1, 1\)"),
-    ({"features": second(2, 5, 1, 1)}, V, r"features\[1\]: expected 4 channels, as the weight has, got shape \(2, 5, 1, 1\)"),
-    ({"features": second(2, C, 1, 1, device="meta")}, V, r"features\[1\]: expected the device of level 0, cpu, got meta"),
-    ({"features": [torch.ones(2, C, 3, 2).to_sparse(), torch.ones(2, C, 1, 1)]}, T, r"features\[0\]: expected an ordinary \(strided\) tensor"),
+    (
+        {"features": second(2, C, 1, 1, dtype=torch.float64)},
+        T,
+        r"features\[1\]: expected the dtype of level 0, torch.float32, got torch.float64",
+    ),
+    (
+        {"features": second(2, C, 1, 1, dtype=torch.int64)},
+        T,
+        r"features\[1\]: expected float32, float16, bfloat16 or float64, got torch.int64",
+    ),
+    (
+        {"features": second(3, C, 1, 1)},
+        V,
+        r"features\[1\]: expected batch size 2 as level 0 has, got shape \(3, 4, 1, 1\)",
+    ),
+    (
+        {"features": second(2, 5, 1, 1)},
+        V,
+        r"features\[1\]: expected 4 channels, as the weight has, got shape \(2, 5, 1, 1\)",
+    ),
+    (
+        {"features": second(2, C, 1, 1, device="meta")},
+        V,
+        r"features\[1\]: expected the device of level 0, cpu, got meta",
+    ),
+    (
+        {"features": [torch.ones(2, C, 3, 2).to_sparse(), torch.ones(2, C, 1, 1)]},
+        T,
+        r"features\[0\]: expected an ordinary \(strided\) tensor",
+    ),
     ({"weight": torch.ones(A * K, C)}, V, r"weight: expected \(A\*K, C / groups, kH, kW\), got shape \(6, 4\)"),
-    ({"weight": torch.ones(A * K, C, 3, 3)}, V, r"features\[0\]: smaller than the kernel \(3, 3\), got shape \(2, 4, 3, 2\)"),
-    ({"weight": torch.ones(7, C, 1, 1), "bias": None}, V, r"weight: expected a multiple of num_classes \(3\) outputs, got shape \(7, 4, 1, 1\)"),
-    ({"weight": torch.ones(A * K, C, 1, 1, dtype=torch.int32)}, T, r"weight: expected float32, float16, bfloat16 or float64, got torch.int32"),
-    ({"weight": torch.ones(A * K, C, 1, 1, dtype=torch.float64), "bias": None}, T, r"features\[0\]: expected torch.float64, the weight's dtype, got torch.float32"),
+    (
+        {"weight": torch.ones(A * K, C, 3, 3)},
+        V,
+        r"features\[0\]: smaller than the kernel \(3, 3\), got shape \(2, 4, 3, 2\)",
+    ),
+    (
+        {"weight": torch.ones(7, C, 1, 1), "bias": None},
+        V,
+        r"weight: expected a multiple of num_classes \(3\) outputs, got shape \(7, 4, 1, 1\)",
+    ),
+    (
+        {"weight": torch.ones(A * K, C, 1, 1, dtype=torch.int32)},
+        T,
+        r"weight: expected float32, float16, bfloat16 or float64, got torch.int32",
+    ),
+    (
+        {"weight": torch.ones(A * K, C, 1, 1, dtype=torch.float64), "bias": None},
+        T,
+        r"features\[0\]: expected torch.float64, the weight's dtype, got torch.float32",
+    ),
     ({"weight": torch.ones(A * K, C, 1, 1, device="meta")}, V, r"weight: expected the features' device, cpu, got meta"),
-    ({"weight": [torch.ones(A * K, C, 1, 1)] * 3}, V, r"weight: expected one for all levels, or 2, one per level; got 3"),
+    (
+        {"weight": [torch.ones(A * K, C, 1, 1)] * 3},
+        V,
+        r"weight: expected one for all levels, or 2, one per level; got 3",
+    ),
     ({"weight": []}, V, r"weight: expected one for all levels, or 2, one per level; got 0"),
-    ({"weight": [torch.ones(A * K, C, 1, 1), torch.ones(9, C, 1, 1)]}, V, r"weight\[1\]: expected 6 outputs as level 0 has, got shape \(9, 4, 1, 1\)"),
-    ({"weight": [torch.ones(A * K, C, 1, 1), torch.ones(A * K, 5, 1, 1)]}, V, r"features\[1\]: expected 5 channels, as the weight has, got shape \(2, 4, 1, 1\)"),
+    (
+        {"weight": [torch.ones(A * K, C, 1, 1), torch.ones(9, C, 1, 1)]},
+        V,
+        r"weight\[1\]: expected 6 outputs as level 0 has, got shape \(9, 4, 1, 1\)",
+    ),
+    (
+        {"weight": [torch.ones(A * K, C, 1, 1), torch.ones(A * K, 5, 1, 1)]},
+        V,
+        r"features\[1\]: expected 5 channels, as the weight has, got shape \(2, 4, 1, 1\)",
+    ),
     ({"weight": None}, T, r"weight: expected a tensor or a sequence of tensors"),
     ({"bias": torch.ones(5)}, V, r"bias: expected shape \(6,\), got \(5,\)"),
     ({"bias": torch.ones(A * K, 1)}, V, r"bias: expected shape \(6,\), got \(6, 1\)"),
-    ({"bias": torch.ones(A * K, dtype=torch.float64)}, T, r"bias: expected torch.float32, the weight's dtype, got torch.float64"),
+    (
+        {"bias": torch.ones(A * K, dtype=torch.float64)},
+        T,
+        r"bias: expected torch.float32, the weight's dtype, got torch.float64",
+    ),
     ({"bias": [torch.ones(A * K), torch.ones(5)]}, V, r"bias\[1\]: expected shape \(6,\), got \(5,\)"),
     ({"bias": [torch.ones(A * K)] * 3}, V, r"bias: expected one for all levels, or 2, one per level; got 3"),
     ({"bias": 0.0}, T, r"bias: expected a tensor or a sequence of tensors"),
@@ -78,9 +134,17 @@ CONV: list[tuple[Changes, type[Exception], str]] = [
     ({"padding": -1}, V, r"padding: expected numbers >= 0, got -1"),
     ({"padding": "reflect"}, T, r"padding: expected an integer or two, got 'reflect'"),
     ({"padding": (1, 2, 3)}, T, r"padding: expected an integer or two, got \(1, 2, 3\)"),
-    ({"padding": "same", "weight": torch.ones(A * K, C, 2, 1)}, V, r'padding: "same" needs stride 1 and the same on both sides, got kernel \(2, 1\)'),
+    (
+        {"padding": "same", "weight": torch.ones(A * K, C, 2, 1)},
+        V,
+        r'padding: "same" needs stride 1 and the same on both sides, got kernel \(2, 1\)',
+    ),
     ({"padding": "same", "stride": 2}, V, r'padding: "same" needs stride 1'),
-    ({"padding": "same", "weight": [torch.ones(A * K, C, 1, 1), torch.ones(A * K, C, 3, 3)]}, V, r'weight\[1\]: expected a kernel of \(1, 1\) as level 0 has, with padding "same"; got shape \(6, 4, 3, 3\)'),
+    (
+        {"padding": "same", "weight": [torch.ones(A * K, C, 3, 3), torch.ones(A * K, C, 1, 1)]},
+        V,
+        r'weight\[1\]: expected a kernel of \(3, 3\) as level 0 has, with padding "same"; got shape \(6, 4, 1, 1\)',
+    ),
     ({"dilation": (1, 0)}, V, r"dilation: expected numbers >= 1, got \(1, 0\)"),
     ({"dilation": True}, T, r"dilation: expected an integer or two, got True"),
     ({"groups": 0}, V, r"groups: expected a number >= 1, got 0"),
@@ -102,28 +166,68 @@ CONV: list[tuple[Changes, type[Exception], str]] = [
     ({"normalizer": torch.ones(3)}, V, r"normalizer: expected a 0-d tensor or one of shape \(2,\), got shape \(3,\)"),
     ({"class_mask": torch.ones(2, 4, dtype=torch.bool)}, V, r"class_mask: expected shape \(2, 3\)"),
     ({"class_weight": [1.0, 2.0]}, V, r"class_weight: "),
-    ({"anchor_weight": [torch.ones(2, 12), torch.ones(2, 3)]}, V, r"anchor_weight\[1\]: expected shape \(2, 2\) or \(2, 1, 1, 2\)"),
-    ({"anchor_weight": [torch.ones(2, 12), torch.ones(2, 2, dtype=torch.int64)]}, T, r"anchor_weight\[1\]: expected floating weights, got torch.int64"),
+    (
+        {"anchor_weight": [torch.ones(2, 12), torch.ones(2, 3)]},
+        V,
+        r"anchor_weight\[1\]: expected shape \(2, 2\) or \(2, 1, 1, 2\)",
+    ),
+    (
+        {"anchor_weight": [torch.ones(2, 12), torch.ones(2, 2, dtype=torch.int64)]},
+        T,
+        r"anchor_weight\[1\]: expected floating weights, got torch.int64",
+    ),
     ({"anchor_weight": [torch.ones(2, 12)]}, V, r"anchor_weight: expected 2 levels, or one tensor for all, got 1"),
-    ({"targets": [torch.zeros(2, 12, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)]}, V, r"targets\[1\]: expected shape \(2, 2\) or \(2, 1, 1, 2\)"),
-    ({"targets": [torch.zeros(24, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)]}, V, r"targets\[0\]: expected shape .*got \(24,\)"),
-    ({"targets": torch.zeros(2, 13, dtype=torch.int64)}, V, r"targets: expected one tensor of shape \(2, 14\) for all 2 levels"),
+    (
+        {"targets": [torch.zeros(2, 12, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)]},
+        V,
+        r"targets\[1\]: expected shape \(2, 2\) or \(2, 1, 1, 2\)",
+    ),
+    (
+        {"targets": [torch.zeros(24, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)]},
+        V,
+        r"targets\[0\]: expected shape .*got \(24,\)",
+    ),
+    (
+        {"targets": torch.zeros(2, 13, dtype=torch.int64)},
+        V,
+        r"targets: expected one tensor of shape \(2, 14\) for all 2 levels",
+    ),
     ({"targets": [torch.zeros(2, 12, dtype=torch.int64)]}, V, r"targets: expected 2 levels"),
     ({"targets": [torch.zeros(2, 12, dtype=torch.int64), torch.full((2, 2), 7)]}, V, r"targets\[1\].*7"),
-    ({"targets": [torch.rand(2, 6, 3, 2), torch.rand(2, 6, 1, 2)], "normalizer": 1.0}, V, r"targets\[1\]: expected soft targets of the logits' shape \(2, 6, 1, 1\), got \(2, 6, 1, 2\)"),
-    ({"targets": [torch.rand(2, 6, 3, 2), torch.rand(2, 6, 1, 1)]}, V, r"normalizer: 'positives' counts labels, but the targets are soft"),
-]  # fmt: skip
+    (
+        {"targets": [torch.rand(2, 6, 3, 2), torch.rand(2, 6, 1, 2)], "normalizer": 1.0},
+        V,
+        r"targets\[1\]: expected soft targets of the logits' shape \(2, 6, 1, 1\), got \(2, 6, 1, 2\)",
+    ),
+    (
+        {"targets": [torch.rand(2, 6, 3, 2), torch.rand(2, 6, 1, 1)]},
+        V,
+        r"normalizer: 'positives' counts labels, but the targets are soft",
+    ),
+]
 LINEAR: list[tuple[Changes, type[Exception], str]] = [
-    ({"features": [torch.ones(2, 5, C), torch.ones(2, C)]}, V, r"features\[1\]: expected \(N, M, C\) or \(M, C\), got shape \(2, 4\)"),
+    (
+        {"features": [torch.ones(2, 5, C), torch.ones(2, C)]},
+        V,
+        r"features\[1\]: expected \(N, M, C\) or \(M, C\), got shape \(2, 4\)",
+    ),
     ({"features": torch.ones(C)}, V, r"features\[0\]: expected \(N, M, C\) or \(M, C\), got shape \(4,\)"),
     ({"features": torch.ones(0, 2, 5, C)}, V, r"features: expected at least one level, got shape \(0, 2, 5, 4\)"),
-    ({"features": [torch.ones(2, 5, C), torch.ones(2, 2, 5)]}, V, r"features\[1\]: expected 4 channels, as the weight has, got shape \(2, 2, 5\)"),
+    (
+        {"features": [torch.ones(2, 5, C), torch.ones(2, 2, 5)]},
+        V,
+        r"features\[1\]: expected 4 channels, as the weight has, got shape \(2, 2, 5\)",
+    ),
     ({"weight": torch.ones(K, C, 1, 1)}, V, r"weight: expected \(K, C\), got shape \(3, 4, 1, 1\)"),
     ({"num_classes": 2}, V, r"weight: expected 2 outputs, num_classes, got shape \(3, 4\)"),
     ({"bias": torch.ones(2)}, V, r"bias: expected shape \(3,\), got \(2,\)"),
-    ({"targets": [torch.zeros(2, 5, 1, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)]}, V, r"targets\[0\]: expected shape \(2, 5\)"),
+    (
+        {"targets": [torch.zeros(2, 5, 1, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int64)]},
+        V,
+        r"targets\[0\]: expected shape \(2, 5\)",
+    ),
     ({"chunk_bytes": -5}, V, r"chunk_bytes: .*got -5"),
-]  # fmt: skip
+]
 
 
 def raises_before_anything(call: Callable[[], Any], error: type[Exception], words: str) -> None:
@@ -192,29 +296,69 @@ def own_forward_of_one(module: nn.Module) -> None:
 
 
 HEADS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "a sequence": (lambda: nn.Sequential(conv()), T, r"head: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got Sequential"),
-    "no module": (lambda: torch.ones(3), T, r"head: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got Tensor"),
+    "a sequence": (
+        lambda: nn.Sequential(conv()),
+        T,
+        r"head: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got Sequential",
+    ),
+    "no module": (
+        lambda: torch.ones(3),
+        T,
+        r"head: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got Tensor",
+    ),
     "another convolution": (lambda: nn.Conv1d(C, A * K, 1), T, r"head: .*got Conv1d"),
     "own forward": (lambda: OwnForward(C, A * K, 1), T, r"head: .*got OwnForward"),
     "own convolution": (lambda: OwnConvolution(C, A * K, 1), T, r"head: .*got OwnConvolution"),
     "own linear": (lambda: OwnLinear(C, K), T, r"head: .*got OwnLinear"),
     "own forward of one": (lambda: changed(own_forward_of_one), T, r"head: .*whose forward is PyTorch's"),
     "second of a list": (lambda: [conv(), OwnForward(C, A * K, 1)], T, r"head\[1\]: .*got OwnForward"),
-    "an empty list": (lambda: nn.ModuleList(), V, r"head: expected a layer, or one for each level; got an empty sequence"),
+    "an empty list": (
+        lambda: nn.ModuleList(),
+        V,
+        r"head: expected a layer, or one for each level; got an empty sequence",
+    ),
     "two kinds": (lambda: [conv(), conv(stride=2)], V, r"head\[1\]: expected a layer like that of level 0"),
     "one without bias": (lambda: [conv(), conv(bias=False)], V, r"head\[1\]: expected a layer like that of level 0"),
-    "reflect": (lambda: conv(padding=1, padding_mode="reflect"), V, r'head: expected padding_mode "zeros", got \'reflect\''),
-    "hook": (lambda: changed(lambda m: m.register_forward_hook(lambda *_: None)), V, r"head: has hooks, which would not run"),
+    "reflect": (
+        lambda: conv(padding=1, padding_mode="reflect"),
+        V,
+        r'head: expected padding_mode "zeros", got \'reflect\'',
+    ),
+    "hook": (
+        lambda: changed(lambda m: m.register_forward_hook(lambda *_: None)),
+        V,
+        r"head: has hooks, which would not run",
+    ),
     "pre hook": (lambda: changed(lambda m: m.register_forward_pre_hook(lambda *_: None)), V, r"head: has hooks"),
     "backward hook": (lambda: changed(lambda m: m.register_full_backward_hook(lambda *_: None)), V, r"head: has hooks"),
-    "backward pre hook": (lambda: changed(lambda m: m.register_full_backward_pre_hook(lambda *_: None)), V, r"head: has hooks"),
-    "second's hook": (lambda: [conv(), changed(lambda m: m.register_forward_hook(lambda *_: None))], V, r"head\[1\]: has hooks"),
+    "backward pre hook": (
+        lambda: changed(lambda m: m.register_full_backward_pre_hook(lambda *_: None)),
+        V,
+        r"head: has hooks",
+    ),
+    "second's hook": (
+        lambda: [conv(), changed(lambda m: m.register_forward_hook(lambda *_: None))],
+        V,
+        r"head\[1\]: has hooks",
+    ),
     "channels": (lambda: nn.Conv2d(5, A * K, 1), V, r"features\[0\]: expected 5 channels, as the weight has"),
-    "outputs": (lambda: nn.Conv2d(C, 7, 1), V, r"head.weight: expected a multiple of num_classes \(3\) outputs, got shape \(7, 4, 1, 1\)"),
-    "dtype": (lambda: conv().double(), T, r"features\[0\]: expected torch.float64, the weight's dtype, got torch.float32"),
-    "three": (lambda: [conv(), conv(), conv()], V, r"head.weight: expected one for all levels, or 2, one per level; got 3"),
+    "outputs": (
+        lambda: nn.Conv2d(C, 7, 1),
+        V,
+        r"head.weight: expected a multiple of num_classes \(3\) outputs, got shape \(7, 4, 1, 1\)",
+    ),
+    "dtype": (
+        lambda: conv().double(),
+        T,
+        r"features\[0\]: expected torch.float64, the weight's dtype, got torch.float32",
+    ),
+    "three": (
+        lambda: [conv(), conv(), conv()],
+        V,
+        r"head.weight: expected one for all levels, or 2, one per level; got 3",
+    ),
     "same": (lambda: nn.Conv2d(C, A * K, 2, padding="same"), V, r'head.padding: "same" needs stride 1'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HEADS)

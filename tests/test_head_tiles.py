@@ -69,6 +69,9 @@ def test_tiles_are_a_partition_and_small(size: LevelSize, numbers: int) -> None:
             seen[at] = seen.get(at, 0) + 1
         tile = len(images) * (rows.last - rows.first) * (end - begin)
         assert 0 < tile <= max(numbers, least)
+        # The weight's gradient of a tile is bounded alike.
+        row = size.weight_numbers // total
+        assert (end - begin) * row <= max(numbers, row * max(map(len, channels_that_stay_together(size))))
         if (rows.first, rows.last) != (0, size.cells):
             assert size.rows_apart and len(images) == 1
         assert channels.anchors == 1 or (channels.first_class, channels.classes) == (0, size.classes)
@@ -126,12 +129,12 @@ def test_the_cut_adds_up_least(size: LevelSize, numbers: int) -> None:
         of_features = channels * size.images * size.feature_numbers if channels > 1 else 0
         return rows * size.weight_numbers + of_features
 
-    smallest = max(map(len, channels_that_stay_together(size)))
+    smallest, total = max(map(len, channels_that_stay_together(size))), size.anchors * size.classes
     possible = [
         (cost(rows, cut), rows * cut)
         for rows, most in ways_to_cut_rows(size)
         if most * smallest <= numbers
-        for cut in [cuts_of_channels(size, numbers // most)]
+        for cut in [cuts_of_channels(size, max(1, numbers // max(most, size.weight_numbers // total)))]
     ]
     if possible:
         got = cost(len(found.rows), len(found.channels)), len(found.rows) * len(found.channels)
