@@ -158,10 +158,13 @@ class Inputs:
     scores: Levels | None = None
     class_weight: ClassWeight | ClassValues = None
     class_mask: Tensor | None = None
+    name_of_weight: str = "weight"  # in errors
 
 
 INPUTS: dict[str, Any] = {
-    entry.name: entry.default for entry in dataclasses.fields(Inputs) if entry.name not in ("logits", "targets")
+    entry.name: entry.default
+    for entry in dataclasses.fields(Inputs)
+    if entry.name not in ("logits", "targets", "name_of_weight")
 }
 
 

@@ -183,7 +183,7 @@ def read_others(prepared: Prepared, loss: Loss, inputs: Inputs) -> OperatorOptio
     )
     prepared.mode = resolve_mode(known.grad_mode, known.reduction, pyramid.levels)
     if inputs.weight is not None:
-        options.anchor_weight = read_per_anchor("weight", "weights", inputs.weight, pyramid)
+        options.anchor_weight = read_per_anchor(inputs.name_of_weight, "weights", inputs.weight, pyramid)
     if prepared.labels is None:
         options.soft_targets = read_soft_targets(prepared.given, pyramid.dense, pyramid.placeholders is not None)
     prepared.options = options

@@ -146,6 +146,17 @@ class Detector(nn.Module):
         return self.criterion(self.head(images), *targets, **others)  # type: ignore[no-any-return]
 
 
+class FusedDetector(Detector):
+    """The same, of which the logits are never there."""
+
+    def forward(self, images: Tensor, *targets: Any, **others: Any) -> Tensor:
+        first = torch.relu(self.head.stem(images))
+        features = [first, torch.relu(self.head.down(first))]
+        criterion: Any = self.criterion
+        # Some classes of an anchor at a time.
+        return criterion.fused_with(self.head.classes, features, *targets, chunk_bytes=800, **others)  # type: ignore[no-any-return]
+
+
 @dataclass
 class Way:
     """How a step is made, and what one process makes of the whole batch."""
@@ -290,6 +301,59 @@ def check_every_normalizer_and_batch() -> None:
             loss.backward()
             compare(gradients(model), want, f"{name}, {batch_name}")
             torch.testing.assert_close(mean_over_ranks(loss), want_loss, rtol=TOLERANCE, atol=0)
+
+
+def check_fused_heads() -> None:
+    """Its node is what hands DistributedDataParallel the gradients of the head's parameters."""
+    for batch_name, made in BATCHES.items():
+        batch = made()
+        for name, way in WAYS.items():
+            if "reference" in name:
+                continue
+            want_loss, want = way.of_whole_batch(batch)
+            model = by_ddp(FusedDetector(way.criterion()))
+            loss = way.call(model, batch[rank()])
+            loss.backward()
+            compare(gradients(model), want, f"fused, {name}, {batch_name}")
+            torch.testing.assert_close(mean_over_ranks(loss), want_loss, rtol=TOLERANCE, atol=0)
+
+
+def check_fused_heads_by_fsdp() -> None:
+    """The head is in the root's group, whose parameters are whole while the loss is computed; the stem in one of its own."""
+    for batch_name in ("last rank without positives", "sizes and numbers of images differ"):
+        batch = BATCHES[batch_name]()
+        for name in ("positives", "positives, recompute", "positives_per_image"):
+            _, want = WAYS[name].of_whole_batch(batch)
+            model = by_fsdp(FusedDetector(WAYS[name].criterion()))
+            WAYS[name].call(model, batch[rank()]).backward()
+            compare(gradients(model), want, f"FSDP, fused, {name}, {batch_name}")
+
+
+def check_a_sharded_head_is_an_error() -> None:
+    """In a group of its own its parameters are shards, as it is not called: said, not computed."""
+    own = BATCHES["even"]()[rank()]
+    model = FusedDetector(FastFocalLoss(CLASSES, sync_normalizer=True))
+    fully_shard(model.head.classes, mesh=init_device_mesh(DEVICE.type, (size(),)))
+    try:
+        model(own.images, own.labels)
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith("head"), error
+    else:
+        raise AssertionError("a head whose parameters are shards was computed")
+
+
+def check_fused_running_normalizer() -> None:
+    criterion, plain = (
+        FastFocalLoss(CLASSES, sync_normalizer=True, ema_momentum=0.9, ema_start=30.0) for _ in range(2)
+    )
+    fused, ordinary = by_ddp(FusedDetector(criterion)), by_ddp(Detector(plain))
+    for step in range(3):
+        own = [part(10 * step + r, 2, 8, 8, CLASSES if r == step else -1) for r in range(size())][rank()]
+        for model in (fused, ordinary):
+            model.zero_grad()
+            model(own.images, own.labels).backward()
+        compare(gradients(fused), gradients(ordinary), f"fused, running, step {step}")
+        assert criterion.ema_normalizer == plain.ema_normalizer != 30
 
 
 def check_the_expected_step_is_that_of_one_module() -> None:

@@ -210,10 +210,11 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
+        name = {"conv2d": "convolution"}.get(name, name)  # as it comes below autograd
         self.names.append(name)
         if name == "convolution_backward":
             self.masks.append(tuple(args[10]))
-        if name in ("mm", "addmm", "bmm", "matmul"):
+        if name in ("mm", "addmm", "bmm", "matmul", "linear"):
             self.products.append(tuple(result.shape))
         return result
 

@@ -15,15 +15,12 @@ from head_problems import (
     CHUNKS,
     EXACT,
     SOME,
-    Calls,
     Layer,
     Problem,
     assert_near,
     check,
     differentiate,
     draw,
-    fused_loss,
-    leaves_of,
 )
 from torch import Tensor, nn
 
@@ -437,28 +434,3 @@ def test_a_running_normalizer(fused_grad: bool, generator: torch.Generator) -> N
             ):
                 assert_near(got, expected)
     assert fast.ema_normalizer != 30.0
-
-
-# --- how much work ----------------------------------------------------------------------------------------------------
-
-
-def test_a_chunk_bounds_what_is_made_at_a_time(generator: torch.Generator) -> None:
-    """The logits that each convolution gives: never above `chunk_bytes` but for one channel of one image; each made once."""
-    problem = draw(Layer(cells=((5, 4), (3, 3)), anchors=3, classes=5), generator)
-    made = 2 * 15 * (20 + 9)
-
-    class Sizes(Calls):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = super().__torch_dispatch__(func, types, args, kwargs)
-            if self.names[-1] == "convolution":
-                sizes.append(result.numel())
-            return result
-
-    for numbers in (1, 19, 20, 21, 100, 300, 301, 600, 2**40):
-        sizes: list[int] = []
-        with Sizes():
-            fused_loss(problem, leaves_of(problem), problem.labels(), chunk_bytes=8 * numbers).backward()
-        assert sum(sizes) == made and max(sizes) <= max(20, numbers)
-        if numbers >= 600:
-            assert len(sizes) == 2
-    assert len(sizes) < 58

@@ -87,6 +87,8 @@ def compute(
         start += of_level.labels
         wants_bias = at_bias is not None and wanted.biases[at_bias]
         needs = (wanted.features[level], wanted.weights[at_weight], wants_bias)
+        if incoming is not None and not any(needs):
+            continue
         of_weight = Sum.of(found.weights[at_weight], of_level.weight)
         of_bias = Sum.of(None if at_bias is None else found.biases[at_bias], of_level.bias)
         found.features[level] = of_level.run(needs, losses[level], of_weight, of_bias, feature_dtypes[level])

@@ -83,7 +83,7 @@ def conv_focal_loss(
         ValueError, TypeError: bad arguments, before anything is computed; the message names the argument and the level.
         RuntimeError: under torch.func; for a second derivative.
     """
-    layer = conv("", weight_size(weight), stride, padding, dilation, groups)
+    layer = conv("", weight_size(weight, padding), stride, padding, dilation, groups)
     head = Head(layer, parameters_of("weight", weight), biases_of(bias), chunk_bytes)
     return call(FocalLoss, head, features, targets, num_classes, reduction, options)
 
@@ -105,7 +105,7 @@ def conv_focal_loss_star(
     **options: Unpack[FocalLossStarOfHead],
 ) -> Tensor:
     """The focal loss star of a convolution's outputs: as :func:`conv_focal_loss`, with the options of `focal_loss_star`."""
-    layer = conv("", weight_size(weight), stride, padding, dilation, groups)
+    layer = conv("", weight_size(weight, padding), stride, padding, dilation, groups)
     head = Head(layer, parameters_of("weight", weight), biases_of(bias), chunk_bytes)
     return call(FocalLossStar, head, features, targets, num_classes, reduction, options)
 
@@ -173,6 +173,7 @@ def call(
     loss, known, inputs = sort_keywords(
         parameters, features, targets, reduction, {**keywords, "num_classes": num_classes}
     )
+    inputs.name_of_weight = "anchor_weight"
     return head_loss(loss, known, inputs, head)
 
 
@@ -180,7 +181,15 @@ def biases_of(bias: Levels | None) -> list[Tensor]:
     return [] if bias is None else parameters_of("bias", bias)
 
 
-def weight_size(weight: Levels) -> tuple[int, ...]:
-    """(kH, kW), where the weight is one; what is wrong with it is said later."""
-    first = parameters_of("weight", weight)[:1]
-    return tuple(first[0].shape[2:]) if first and first[0].dim() == 4 else (1, 1)
+def weight_size(weight: Levels, padding: object) -> tuple[int, ...]:
+    """(kH, kW), where the weight is one; what else is wrong with it is said later."""
+    weights = parameters_of("weight", weight)
+    if any(t.dim() != 4 for t in weights[:1]) or not weights:
+        return 1, 1
+    size = tuple(weights[0].shape[2:])
+    for i, t in enumerate(weights):
+        if padding == "same" and tuple(t.shape[2:]) != size:
+            raise ValueError(
+                f'weight[{i}]: expected a kernel of {size} as level 0 has, with padding "same"; got shape {tuple(t.shape)}'
+            )
+    return size

@@ -22,6 +22,7 @@ class Head:
     weights: list[Tensor]
     biases: list[Tensor]
     chunk_bytes: ChunkBytes = "auto"
+    names: tuple[str, str] = ("weight", "bias")  # in errors
 
 
 def head_of(module: nn.Module | Sequence[nn.Module], chunk_bytes: ChunkBytes) -> Head:
@@ -43,7 +44,7 @@ def head_of(module: nn.Module | Sequence[nn.Module], chunk_bytes: ChunkBytes) ->
         modules = modules[:1]
     weights = [checks.as_plain("head.weight", m.weight) for m in modules]  # type: ignore[arg-type]
     biases = [checks.as_plain("head.bias", m.bias) for m in modules if m.bias is not None]  # type: ignore[arg-type]
-    return Head(layers[0], weights, biases, chunk_bytes)
+    return Head(layers[0], weights, biases, chunk_bytes, ("head.weight", "head.bias"))
 
 
 def layer_of(name: str, module: nn.Module) -> Layer:
@@ -51,10 +52,10 @@ def layer_of(name: str, module: nn.Module) -> Layer:
     is_conv = isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward  # type: ignore[attr-defined]
     is_conv = is_conv and kind._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
     is_linear = isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward  # type: ignore[attr-defined]
-    if not (is_conv or is_linear):
-        raise TypeError(
-            f"{name}: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got {kind.__name__}"
-        )
+    of_its_own = bool({"forward", "_conv_forward"} & vars(module).keys())  # put there by hooks of other libraries
+    if not (is_conv or is_linear) or of_its_own:
+        what = kind.__name__ + (" with a forward of its own" if of_its_own else "")
+        raise TypeError(f"{name}: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got {what}")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, hook) for hook in hooks):
         raise ValueError(f"{name}: has hooks, which would not run, as it is not called; expected a layer without them")

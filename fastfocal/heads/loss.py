@@ -42,8 +42,8 @@ def head_loss(
         raise ValueError(
             'reduction: "none" gives a loss for each logit, and here there are none; expected "sum", "level", "image" or "mean"'
         )
-    chunk = tile_bytes(check_chunk_bytes(head.chunk_bytes), head.weights[0].device)
     levels = read_features(inputs.logits, head)
+    chunk = tile_bytes(check_chunk_bytes(head.chunk_bytes), levels[0].device)
     check_parameters(levels, head)
     dtype = computed_dtype(levels, head)
     refuse_transforms([*levels, *head.weights, *head.biases])
@@ -111,9 +111,10 @@ def read_features(features: Levels, head: Head) -> list[Tensor]:
 def check_parameters(levels: list[Tensor], head: Head) -> None:
     layer, first = head.layer, levels[0]
     kernel = layer is not None and not isinstance(layer, Linear)
-    for name, values in (("weight", head.weights), ("bias", head.biases)):
+    of_weight, of_bias = head.names
+    for name, values in ((of_weight, head.weights), (of_bias, head.biases)):
         many = len(values) > 1
-        if len(values) not in ((1, len(levels)) if name == "weight" else (0, 1, len(levels))):
+        if len(values) not in ((1, len(levels)) if name == of_weight else (0, 1, len(levels))):
             raise ValueError(f"{name}: expected one for all levels, or {len(levels)}, one per level; got {len(values)}")
         for i, t in enumerate(values):
             where = f"{name}[{i}]" if many else name
@@ -123,7 +124,7 @@ def check_parameters(levels: list[Tensor], head: Head) -> None:
             if t.dtype != head.weights[0].dtype:
                 raise TypeError(f"{where}: expected {head.weights[0].dtype}, the weight's dtype, got {t.dtype}")
     for i, weight in enumerate(head.weights):
-        where = f"weight[{i}]" if len(head.weights) > 1 else "weight"
+        where = f"{of_weight}[{i}]" if len(head.weights) > 1 else of_weight
         if weight.dim() != (4 if kernel else 2):
             expected = "(A*K, C / groups, kH, kW)" if kernel else "(K, C)"
             raise ValueError(f"{where}: expected {expected}, got shape {shape(weight)}")
@@ -133,7 +134,7 @@ def check_parameters(levels: list[Tensor], head: Head) -> None:
             )
     for i, bias in enumerate(head.biases):
         if shape(bias) != (head.weights[0].shape[0],):
-            where = f"bias[{i}]" if len(head.biases) > 1 else "bias"
+            where = f"{of_bias}[{i}]" if len(head.biases) > 1 else of_bias
             raise ValueError(f"{where}: expected shape ({head.weights[0].shape[0]},), got {shape(bias)}")
     if head.weights[0].shape[0] % layer.groups:
         raise ValueError(f"groups: expected a divisor of {head.weights[0].shape[0]} channels, got {layer.groups}")
@@ -187,7 +188,7 @@ def pyramid_of(levels: list[Tensor], given: Tensor, head: Head, dtype: torch.dty
         num_classes = channels
     if channels % num_classes or (linear and channels != num_classes):
         what = f"{num_classes} outputs, num_classes" if linear else f"a multiple of num_classes ({num_classes}) outputs"
-        raise ValueError(f"weight: expected {what}, got shape {shape(head.weights[0])}")
+        raise ValueError(f"{head.names[0]}: expected {what}, got shape {shape(head.weights[0])}")
     a = channels // num_classes
     one = levels[0].new_empty((), dtype=dtype)
     unmade, placeholders, anchors = [], [], []
@@ -290,7 +291,8 @@ def recomputed(ctx: Any, incoming: Tensor) -> list[Tensor | None]:
     """The gradients, with each image's own incoming one folded into what its loss is divided by."""
     sizes: Sizes = ctx.sizes
     count = len(ctx.dtypes)
-    tensors, others = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    saved = ctx.saved_tensors  # once: torch.utils.checkpoint hands each out a single time
+    tensors, others = saved[:count], saved[count:]
     call: HeadCall = ctx.call
     call = call.changed(options=call.options.with_tensors(others[:-1]), divisor=others[-1])
     wanted = Wanted(*sizes.split(list(ctx.needs_input_grad[3:])))

@@ -98,6 +98,8 @@ def plan(size: LevelSize, numbers: int) -> Plan:
         found = (largest if largest > numbers else 0, added, len(rows) * len(channels), Plan(rows, channels))
         if best is None or found[:3] < best[:3]:
             best = found
+        if len(channels) == 1 and largest <= numbers:
+            break  # more groups of rows add up more
     assert best is not None
     return best[3]
 
@@ -112,7 +114,7 @@ def row_groups(size: LevelSize) -> Iterator[list[Rows]]:
             seen.add(each)
             yield [Rows(i, min(i + each, n), 0, cells) for i in range(0, n, each)]
     bands = 2
-    while size.rows_apart and bands <= cells:
+    while size.rows_apart and bands < 2 * cells and cells > 1:  # down to one row
         each = -(-cells // bands)
         yield [Rows(i, i + 1, r, min(r + each, cells)) for i in range(n) for r in range(0, cells, each)]
         bands *= 2

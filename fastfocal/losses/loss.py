@@ -220,6 +220,7 @@ class Module(KeptNormalizer):
         from fastfocal.heads import head_of  # which imports the losses
 
         made = head_of(head, chunk_bytes)
+        checks.as_levels("features", features)  # what reads them first calls them logits
         result = self._call(features, targets, weight, normalizer, scores, class_mask, made)
         assert isinstance(result, Tensor)
         return result
