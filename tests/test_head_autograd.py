@@ -513,3 +513,55 @@ def test_sums_over_tiles_are_float32(generator: torch.Generator) -> None:
     leaves = leaves_of(problem)
     found = differentiate(fused_loss(problem, leaves, problem.labels(), normalizer=None, chunk_bytes=4), leaves)
     assert error(found[0], want[0]) < RELATIVE[torch.bfloat16]
+
+
+# --- compilers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reduction, needs",
+    [("sum", (True, True, True, True)), ("image", (True, True, True, True)), ("sum", (False, True, False, True))],
+    ids=["sum", "image", "some"],
+)
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+@both
+def test_compiled(layer: Layer, soft: bool, reduction: str, needs: Sequence[bool], generator: torch.Generator) -> None:
+    """One graph, the same numbers, and a gradient of what needs one."""
+    problem = draw(layer, generator)
+    targets: Any = problem.labels()
+    incoming = torch.tensor([2.0, -3.0]) if reduction == "image" else 2.0
+    options: dict[str, Any] = {"reduction": reduction, "class_weight": [0.5 + i for i in range(problem.classes)]}
+    if soft:
+        logits = problem.logits(*problem.parts(problem.tensors()))
+        targets, options["normalizer"] = [x.sigmoid() for x in logits], 3.0
+    plain = leaves_of(problem)
+    want_loss = plain_loss(problem, plain, targets, **options)
+    want = differentiate(want_loss, plain, incoming)
+    torch._dynamo.reset()
+    leaves = leaves_of(problem, needs)
+    compiled = torch.compile(
+        lambda *ts: fused_loss(problem, ts, targets, chunk_bytes=300, **options), backend="aot_eager", fullgraph=True
+    )
+    loss = compiled(*leaves)
+    assert_near(loss, want_loss)
+    assert loss.requires_grad == any(needs)
+    if loss.requires_grad:
+        (loss * incoming).sum().backward()
+    for t, need, gradient in zip(leaves, needs, want, strict=True):
+        assert (t.grad is not None) == need
+        if t.grad is not None:
+            assert_near(t.grad, gradient)
+
+
+def test_compiled_float16(generator: torch.Generator) -> None:
+    """The scale of the loss goes in as it does without a compiler."""
+    problem = draw(LARGER, generator, dtype=torch.float16)
+    _, want = exact(problem, problem.labels())
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *ts: fused_loss(problem, ts, problem.labels(), chunk_bytes=1000), backend="aot_eager", fullgraph=True
+    )
+    leaves = leaves_of(problem)
+    for got, expected in zip(differentiate(compiled(*leaves), leaves, 1024.0), want, strict=True):
+        assert got.dtype == torch.float16
+        assert error(got.double() / 1024, expected) < RELATIVE[torch.float16]

@@ -140,13 +140,13 @@ def test_ignored_anchors_may_have_any_logits(
 
 @pytest.mark.parametrize("anchors", [1, 2])
 def test_more_classes_than_16_bits_hold(backend: Backend, anchors: int, generator: torch.Generator) -> None:
-    """Windows of classes below 32767, above, and across; a label that only int32 holds is none of a window below."""
-    classes = 33000
+    """Windows of classes below 32767, above, and across; a label that only int32 holds is none of those of a window below."""
+    classes = 66000
     layer = Layer(
         anchors=anchors, classes=classes, channels=2, cells=((1, 3),), images=backend.sized(2, 1), features_format=LAST
     )
     problem = draw(layer, generator, device=backend.device)
-    edges = [0, 32765, 32766, 32767, 32768, classes - 1]
+    edges = [0, 32766, 32767, 32768, 65534, 65541]  # the last two are -2 and 5 in 16 bits
     flat = problem.drawn[0].view(-1)
     for i in range(len(flat)):
         flat[i] = edges[i % 6] if i % 8 < 6 else (IGNORED, -1)[i % 2]

@@ -19,11 +19,12 @@ from fastfocal.ops import OperatorOptions
 
 # As pyramid_loss takes them after the logits: no second place says what they are.
 _OPTIONS = str(torch.ops.fastfocal.pyramid_loss.default._schema).partition("logits, ")[2].partition(") ->")[0]
-# tensors: features of every level, weights, biases. layer: none for a linear one, else stride, padding, dilation, groups.
+# tensors: features of every level, weights, biases. layer: 0 for a linear one, else stride, padding, dilation, groups.
 # needs_grad, among the options: a flag for each of these tensors.
 _OWN = "Tensor[] tensors, int levels, int weights, ScalarType dtype, int[] layer, int bytes_of_tile, bool whole_anchors"
 _OWN_COUNT = _OWN.count(",") + 1
 _ARGUMENTS = f"{_OWN}, {_OPTIONS}"
+_SOFT_TARGETS = _OWN_COUNT + ops.OPTION_NAMES.index("soft_targets")
 _library = torch.library.Library("fastfocal", "FRAGMENT")
 _library.define(f"head_loss({_ARGUMENTS}) -> (Tensor losses, Tensor[] gradients)")
 _library.define(f"head_loss_backward(Tensor incoming, {_ARGUMENTS}) -> Tensor[]")
@@ -31,7 +32,7 @@ _library.define(f"head_loss_backward(Tensor incoming, {_ARGUMENTS}) -> Tensor[]"
 
 def numbers_of(layer: Layer) -> list[int]:
     if isinstance(layer, Linear):
-        return []
+        return [0]  # torch.library takes an empty list for one of tensors
     return [*layer.stride, *layer.padding, *layer.dilation, layer.groups]
 
 
@@ -49,7 +50,7 @@ def run(arguments: Sequence[Any], incoming: Tensor | None = None) -> tuple[Tenso
         options.soft_targets = []
     sizes = Sizes(levels, weights, dtype)
     layer: Layer = Linear()
-    if numbers:
+    if len(numbers) > 1:
         s, t, p, q, d, e, groups = numbers
         layer = Conv((s, t), (p, q), (d, e), groups)
     call = HeadCall(layer, options, options.divisor, bytes_of_tile, whole_anchors)
@@ -104,6 +105,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[
     ctx.saves = any(needs_grad)
     ctx.dtypes = [t.dtype for t in tensors]
     ctx.requires = [t.requires_grad for t in tensors]
+    ctx.soft_targets = len(inputs[_SOFT_TARGETS] or ())
     if ctx.saves:
         ctx.needs_grad = list(needs_grad)
         ctx.save_for_backward(*output[1])
@@ -125,7 +127,10 @@ def backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
         made = torch.ops.fastfocal.head_loss_backward(incoming, tensors, *ctx.others, *options.arguments(flags))
         found = [t if need else None for t, need in zip(made, flags, strict=True)]
     found = [None if t is None else t.to(dtype) for t, dtype in zip(found, ctx.dtypes, strict=True)]
-    return (found, *[None] * (_ARGUMENTS.count(",")))
+    others: list[Any] = [None] * _ARGUMENTS.count(",")
+    if ctx.soft_targets:
+        others[_SOFT_TARGETS - 1] = [None] * ctx.soft_targets
+    return (found, *others)
 
 
 def times(gradient: Tensor, number: Tensor) -> Tensor:
