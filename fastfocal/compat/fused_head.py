@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastfocal
 from fastfocal.heads.head import conv
@@ -92,7 +92,6 @@ class Unmade(Tensor):
     def _make(self) -> Tensor:
         if self.made is None:
             self._check_versions()
-            warnings.warn(READ, stacklevel=4)
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 x, weight = (t.detach().to(self.dtype) for t in (self.features, self.weight))
                 bias = None if self.bias is None else self.bias.detach().to(self.dtype)
@@ -112,6 +111,8 @@ class Unmade(Tensor):
                 raise RuntimeError(
                     f"fuse_head=True: {function} writes to the logits of a head, which are not made; clone them first"
                 )
+        if any(isinstance(t, Unmade) and t.made is None for t in tree_leaves((args, kwargs))):
+            warnings.warn(READ, stacklevel=2)
         args, kwargs = tree_map_only(Unmade, Unmade._make, (args, kwargs or {}))
         return function(*args, **kwargs)
 
