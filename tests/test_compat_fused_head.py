@@ -259,12 +259,13 @@ def test_nobody_writes_to_them() -> None:
         logits[0].mul_(2)
 
 
-def test_a_view_that_is_written_to() -> None:
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_view_that_is_written_to(detached: bool) -> None:
     """The loss then reads what was written."""
 
     def write(logits: list[Tensor]) -> Tensor:
         for x in logits:
-            x[0].mul_(0.5)
+            (x.detach() if detached else x)[0].mul_(0.5)
         return torch.zeros(())
 
     head = build()
