@@ -185,7 +185,7 @@ def test_without_a_graph(where: str, no_reader: None) -> None:
     assert_same([loss], step(build())[:1])
 
 
-def test_features_that_were_changed_in_place() -> None:
+def test_features_that_were_changed_in_place(no_reader: None) -> None:
     """The convolution would have read what was there before."""
     head = fuse(build())
     features = [torch.randn(2, WIDTH, 4, 4).double()]

@@ -91,7 +91,6 @@ class Unmade(Tensor):
 
     def _make(self) -> Tensor:
         if self.made is None:
-            self._check_versions()
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 x, weight = (t.detach().to(self.dtype) for t in (self.features, self.weight))
                 bias = None if self.bias is None else self.bias.detach().to(self.dtype)
@@ -111,7 +110,10 @@ class Unmade(Tensor):
                 raise RuntimeError(
                     f"fuse_head=True: {function} writes to the logits of a head, which are not made; clone them first"
                 )
-        if any(isinstance(t, Unmade) and t.made is None for t in tree_leaves((args, kwargs))):
+        to_make = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Unmade) and t.made is None]
+        for t in to_make:
+            t._check_versions()
+        if to_make:
             warnings.warn(READ, stacklevel=2)
         args, kwargs = tree_map_only(Unmade, Unmade._make, (args, kwargs or {}))
         return function(*args, **kwargs)
