@@ -15,9 +15,11 @@ import pytest
 import torch
 from precision import PRECISIONS, Precision, check, every_precision
 from torch import Tensor, nn
+from watch import Shapes
 
 pytest.importorskip("mmdet", exc_type=Exception)
 
+from mmdet.models.dense_heads import TOODHead
 from mmdet.models.losses import FocalLoss, QualityFocalLoss, VarifocalLoss
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -25,6 +27,7 @@ from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
 from fastfocal.compat import mmdet as compat
+from fastfocal.heads import tiles
 
 register_all_modules()
 CLASSES, WIDTH, STRIDES = 7, 32, (8, 16, 32)
@@ -487,10 +490,11 @@ def test_precision_of_the_scored_heads(precision: Precision, name: str, empty: b
         torch.testing.assert_close(mine.float(), true, rtol=1e-5 + boxes, atol=0)
 
 
+@pytest.mark.parametrize("fuse_head", [False, True])
 @pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize("name", WITHOUT_SCORES)
 @every_precision
-def test_precision_of_the_heads(name: str, precision: Precision, empty: bool) -> None:
+def test_precision_of_the_heads(name: str, precision: Precision, empty: bool, fuse_head: bool) -> None:
     """Each loss has mmdet's dtype, which may depend on whether there are objects; a large sum has its value, from float64."""
     head = build(name)
     with torch.no_grad():
@@ -499,7 +503,7 @@ def test_precision_of_the_heads(name: str, precision: Precision, empty: bool) ->
                 bias.fill_(30.0)
     gt = objects([], []) if empty else objects()
     losses, gradients = [], []
-    for kind in (copy.deepcopy(head), compat.accelerate(head)):
+    for kind in (copy.deepcopy(head), compat.accelerate(head, fuse_head=fuse_head)):
         kind.to(precision.logits)
         with precision.context():
             outputs = kind(tuple(draw_features(precision.logits)))
@@ -507,7 +511,11 @@ def test_precision_of_the_heads(name: str, precision: Precision, empty: bool) ->
         total = losses[-1]["loss_cls"]
         total = torch.stack(total).float().sum() if isinstance(total, list) else total.float()
         scale = 1024 if precision.logits == torch.float16 else 65536
-        gradients.append(torch.autograd.grad(total * scale, outputs[0]))
+        biases = [p for n, p in kind.named_parameters() if n.endswith("_cls.bias")]
+        gradients.append(torch.autograd.grad(total * scale, biases if fuse_head else outputs[0]))
+        if fuse_head:  # an ordinary convolution's
+            with precision.context():
+                outputs = compat.restore(kind)(tuple(draw_features(precision.logits)))
     stock, ours = losses
 
     assert dtypes(ours) == dtypes(stock)
@@ -588,6 +596,162 @@ def test_two_heads_that_were_swapped_are_built_again(head: nn.Module) -> None:
     for found in (step(copy.deepcopy(head))[0], step(compat.accelerate(head))[0]):
         for name in stock:
             assert_same(found[name], stock[name], 1e-5)
+
+
+# --- the last convolution and the loss as one -------------------------------------------------------------------------
+
+
+def double_step(head: nn.Module, gt: list[InstanceData] | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As `step`, in float64."""
+    features = draw_features(torch.float64)
+    head.double().zero_grad()
+    losses = head.loss_by_feat(*head(tuple(features)), objects() if gt is None else gt, METAS)
+    torch.stack([loss.double() for value in losses.values() for loss in levels_of(value)]).sum().backward()
+    gradients = {str(i): t.grad for i, t in enumerate(features)}
+    gradients.update((n, p.grad.clone()) for n, p in head.named_parameters() if p.grad is not None)
+    return {n: [loss.detach() for loss in levels_of(value)] for n, value in losses.items()}, gradients
+
+
+def assert_equal(ours: tuple[dict[str, Any], ...], theirs: tuple[dict[str, Any], ...], rtol: float = DOUBLE) -> None:
+    assert list(ours[0]) == list(theirs[0]) and list(ours[1]) == list(theirs[1])
+    for name, expected in theirs[0].items():
+        torch.testing.assert_close(torch.stack(ours[0][name]), torch.stack(expected), rtol=rtol, atol=0)
+    largest = max(float(g.abs().max()) for g in theirs[1].values())
+    for name, gradient in theirs[1].items():
+        # Below 1e-2 of the largest gradient of all, against that: a bias before a norm has nothing but rounding.
+        scale = max(float(gradient.abs().max()), 1e-2 * largest)
+        torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=rtol * scale)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiles.AUTO_BYTES, "cpu", 1024)
+
+
+LAST = {"retina": "retina_cls", "retina, heavier positives": "retina_cls", "atss": "atss_cls", "fcos": "conv_cls"}
+
+
+# Of fused heads that are to make no logits.
+no_reader = pytest.mark.filterwarnings("error:fuse_head")
+
+
+@no_reader
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("frozen", ["", "cls_convs", "last.weight", "last"])
+@pytest.mark.parametrize("name", WITHOUT_SCORES)
+def test_a_fused_head(name: str, frozen: str, empty: bool, small_tiles: None) -> None:
+    """In float64 all of it, also where there are no objects."""
+    head = build(name)
+    assert list(LAST) == WITHOUT_SCORES
+    if frozen:
+        for path, parameter in head.named_parameters():
+            parameter.requires_grad_(not path.startswith(frozen.replace("last", LAST[name])))
+    classes: list[Any] = [[], []] if empty else []
+    before = list(head.state_dict())
+    stock = double_step(copy.deepcopy(head), objects(*classes))
+    ours = double_step(compat.accelerate(head, fuse_head=True), objects(*classes))
+    assert_equal(ours, stock)
+    assert list(head.state_dict()) == before
+
+
+@no_reader
+@pytest.mark.parametrize("name", WITHOUT_SCORES)
+def test_training_makes_no_logits(name: str, small_tiles: None) -> None:
+    head = build(name)
+    channels = head.get_submodule(LAST[name]).out_channels
+    logits = {(2, channels, 128 // s, 160 // s) for s in STRIDES[:2]}  # more than a tile
+    for fuse_head in (False, True):
+        with Shapes() as shapes:
+            double_step(compat.accelerate(head, fuse_head=fuse_head))
+        assert logits <= shapes.seen if not fuse_head else not logits & shapes.seen
+
+
+@pytest.mark.parametrize("name", WITHOUT_SCORES)
+def test_the_fused_head_is_switched_on_and_off(name: str) -> None:
+    head = build(name)
+    types = [type(m) for m in head.modules()]
+    plain = [type(m) for m in compat.accelerate(head).modules()]
+    fused = [type(m) for m in compat.accelerate(head, fuse_head=True).modules()]
+    assert [type(m) for m in compat.accelerate(head, fuse_head=True).modules()] == fused != plain
+    assert [type(m) for m in compat.accelerate(head).modules()] == plain
+    assert [type(m) for m in compat.restore(compat.accelerate(head, fuse_head=True)).modules()] == types
+
+
+@no_reader
+@pytest.mark.parametrize("name", WITHOUT_SCORES)
+def test_a_fused_head_in_evaluation(name: str) -> None:
+    head = build(name).eval()
+    stock = head(tuple(draw_features()))
+    compat.accelerate(head, fuse_head=True)
+    for theirs, mine in zip(stock, head(tuple(draw_features())), strict=True):
+        assert all(type(x) is Tensor and torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", WITHOUT_SCORES)
+def test_mmdets_own_loss_gets_the_logits_of_a_fused_head(name: str) -> None:
+    """What is called with the head's outputs and is none of ours: here the head's own `loss_by_feat`."""
+    head = build(name)
+    kind = type(head)
+    stock = double_step(copy.deepcopy(head))
+    compat.accelerate(head, fuse_head=True)
+    head.__class__ = kind
+    with pytest.warns(UserWarning, match="reads a head's logits in training"):
+        ours = double_step(head)
+    assert_equal(ours, stock)
+
+
+def test_a_subclass_that_logs_the_logits_of_a_fused_head() -> None:
+    """With the mixin, and the layer's class changed by hand as `accelerate` would."""
+
+    class Logging(compat.FastRetinaHead):
+        def loss_by_feat(self, cls_scores: list[Tensor], *rest: Any, **options: Any) -> dict[str, Any]:
+            seen.append(max(float(x.detach().sigmoid().max()) for x in cls_scores))
+            losses: dict[str, Any] = super().loss_by_feat(cls_scores, *rest, **options)
+            return losses
+
+    head = build("retina")
+    seen: list[float] = []
+    head.__class__ = Logging
+    plain = double_step(copy.deepcopy(head))
+    head.retina_cls.__class__ = compat.fused_head.UnmadeConv2d
+    with pytest.warns(UserWarning, match="reads a head's logits in training"):
+        ours = double_step(head)
+    assert_equal(ours, plain)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in HEADS if name not in WITHOUT_SCORES])
+def test_heads_that_need_their_logits_first(name: str) -> None:
+    head = build(name)
+    kind = type(head)
+    reason = {"GFL": "weighs its boxes' losses", "RTM": "assigns targets by", "VFN": "has the varifocal loss"}
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}: {reason[kind.__name__[:3]]}.* not accelerated with fuse_head"
+    ):
+        compat.accelerate(head, fuse_head=True)
+    assert type(head) is kind
+
+
+def test_fused_heads_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="CenterNetHead: has a target for each logit"):
+        compat.accelerate(centernet(), fuse_head=True)
+    with pytest.raises(
+        ValueError, match=r"SimOTA, TOOD's or a Hungarian assigner, cannot have fuse_head=True.* none in a Linear"
+    ):
+        compat.accelerate(nn.Linear(1, 1), fuse_head=True)
+    config = {
+        **COMMON,
+        "loss_cls": LOSS,
+        **HEADS["fcos"],
+        "cls_predictor_cfg": {"type": "NormedConv2d", "tempearture": 20},
+    }
+    head = MODELS.build(ConfigDict(config))
+    with pytest.raises(ValueError, match=r"FCOSHead\.conv_cls: fuse_head=True needs .* got NormedConv2d"):
+        compat.accelerate(head, fuse_head=True)
+    head = build("atss")
+    head.__class__ = TOODHead
+    with pytest.raises(ValueError, match="found the subclass TOODHead"):
+        compat.accelerate(head, fuse_head=True)
 
 
 # --- heatmaps ---------------------------------------------------------------------------------------------------------

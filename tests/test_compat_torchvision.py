@@ -7,12 +7,15 @@ import os
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from cases import Backend
 from precision import Precision, check, every_precision
 from torch import Tensor, nn
+from watch import Shapes, peak_bytes
 
 pytest.importorskip("torchvision", exc_type=Exception)  # it does not load beside a CPU build of torch
 
@@ -20,6 +23,7 @@ from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from fastfocal.compat import torchvision as compat
+from fastfocal.heads import tiles
 
 CLASSES = 7
 
@@ -59,6 +63,7 @@ def factory(name: str) -> Callable[[], nn.Module]:
     return lambda: getattr(detection, name)(weights=None, weights_backbone=None, num_classes=CLASSES, **SIZE)
 
 
+both_heads = pytest.mark.parametrize("fuse_head", [False, True])
 TINY = {"retinanet": tiny_retinanet, "fcos": tiny_fcos}
 REAL = {n: factory(n) for n in ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn")}
 
@@ -135,9 +140,10 @@ def watched_matches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 DOUBLE = 1e-10
 
 
-def test_same_losses_and_gradients_in_float64(tiny: nn.Module, watched_matches: list[Tensor]) -> None:
+@both_heads
+def test_same_losses_and_gradients_in_float64(tiny: nn.Module, watched_matches: list[Tensor], fuse_head: bool) -> None:
     stock = step(tiny, torch.float64)
-    ours = step(compat.accelerate(tiny), torch.float64)
+    ours = step(compat.accelerate(tiny, fuse_head=fuse_head), torch.float64)
     assert_same(ours, stock, DOUBLE)
     matches = torch.stack(watched_matches)
     assert (matches[1] == -1).all() and (matches[0] >= 0).any()
@@ -150,15 +156,17 @@ def test_same_losses_and_gradients_of_the_real_models(name: str) -> None:
     torch.manual_seed(0)
     model = REAL[name]()
     stock = step(model, torch.float64)
-    assert_same(step(compat.accelerate(model), torch.float64), stock, DOUBLE)
+    for fuse_head in (False, True):
+        assert_same(step(compat.accelerate(model, fuse_head=fuse_head), torch.float64), stock, DOUBLE)
 
 
-def test_as_close_in_float32_as_torchvision_is(tiny: nn.Module) -> None:
+@both_heads
+def test_as_close_in_float32_as_torchvision_is(tiny: nn.Module, fuse_head: bool) -> None:
     """Against float64, the fused loss is at most as far off as torchvision's own float32 computation, or 1e-6."""
     double = copy.deepcopy(tiny)
     exact = step(double, torch.float64)
     stock = step(tiny)
-    ours = step(compat.accelerate(tiny))
+    ours = step(compat.accelerate(tiny, fuse_head=fuse_head))
     for mine, theirs, true in zip(ours, stock, exact, strict=True):
         for name, value in true.items():
             scale = max(value.abs().max(), 1e-6 * max(t.abs().max() for t in exact[1].values()))
@@ -179,6 +187,165 @@ def test_no_logits_are_concatenated_in_training(tiny: nn.Module) -> None:
     head = model.head.classification_head
     raw = head([torch.zeros(1, 32, 5, 7), torch.zeros(1, 32, 3, 4)])
     assert [t.shape[2:] for t in raw] == [(5, 7), (3, 4)]
+
+
+# --- the last convolution and the loss as one -------------------------------------------------------------------------
+
+
+def shapes_of_logits(model: nn.Module) -> set[tuple[int, ...]]:
+    channels = model.head.classification_head.cls_logits.out_channels
+    with torch.no_grad():
+        batch, _ = model.transform(images(), targets())
+        levels = model.backbone(batch.tensors).values()
+    return {(x.shape[0], channels, *x.shape[2:]) for x in levels}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiles.AUTO_BYTES, "cpu", 1024)  # less than one level's logits in float32
+
+
+def test_training_makes_no_logits(tiny: nn.Module, small_tiles: None) -> None:
+    logits = shapes_of_logits(tiny)
+    assert len(logits) == 3
+    with Shapes() as unfused:
+        stock = step(compat.accelerate(tiny))
+    with Shapes() as fused:
+        ours = step(compat.accelerate(tiny, fuse_head=True))
+    assert_same(ours, stock, SINGLE)
+    assert logits <= unfused.seen
+    assert not logits & fused.seen
+    # Nor those of a band of rows: a tile is some channels of the whole level.
+    (channels,) = {shape[1] for shape in logits}
+    assert not any(len(shape) == 4 and shape[1] == channels and shape[0] == 3 for shape in fused.seen)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_peak_memory_of_many_classes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last convolution and loss, forward and backward: the gradients of features and weight, and a tile."""
+    classes, width, tile = 400, 32, 2**18
+    monkeypatch.setitem(tiles.AUTO_BYTES, "cpu", tile)
+    torch.manual_seed(0)
+    heads = {
+        "retinanet": detection.retinanet.RetinaNetClassificationHead,
+        "fcos": detection.fcos.FCOSClassificationHead,
+    }
+    features = [torch.randn(1, width, n, n, requires_grad=True) for n in (64, 32)]
+    cells = sum(x.shape[2] * x.shape[3] for x in features)
+    labels = torch.full((1, cells), classes)
+    peaks = []
+    for fuse_head in (False, True):
+        head = compat.accelerate(heads[kind](width, 1, classes), fuse_head=fuse_head)
+        head.conv = nn.Identity()
+        wanted = [*features, *head.cls_logits.parameters()]
+
+        def body(head: nn.Module = head, wanted: list[Tensor] = wanted) -> tuple[Tensor, ...]:
+            loss = compat.fused_head.focal_loss(head(features), labels, num_classes=classes)
+            return torch.autograd.grad(loss, wanted)
+
+        body()
+        peaks.append(peak_bytes(Backend("cpu", torch.device("cpu")), body))
+    logits, gradients = 4 * classes * cells, 4 * width * (cells + 9 * classes)
+    assert peaks[0] > logits
+    # Twice, as a part is added to what is there; the tile; and the labels.
+    assert peaks[1] < 2 * gradients + tile + 2**19 < logits / 2
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("backbone",),
+        ("head.classification_head.cls_logits.weight",),
+        ("head.classification_head.cls_logits",),
+        ("head.classification_head.conv",),
+        ("backbone", "head.classification_head"),
+    ],
+    ids=str,
+)
+def test_frozen_parameters_of_a_fused_head(tiny: nn.Module, frozen: tuple[str, ...]) -> None:
+    for name, parameter in tiny.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    stock = step(tiny, torch.float64)
+    assert len(stock[1]) < len(list(tiny.parameters()))
+    assert_same(step(compat.accelerate(tiny, fuse_head=True), torch.float64), stock, DOUBLE)
+
+
+def test_a_fused_head_without_objects(tiny: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = [{"boxes": torch.zeros(0, 4).double(), "labels": torch.zeros(0, dtype=torch.int64)} for _ in range(3)]
+    monkeypatch.setitem(globals(), "targets", lambda dtype: copy.deepcopy(empty))
+    stock = step(tiny, torch.float64)
+    ours = step(compat.accelerate(tiny, fuse_head=True), torch.float64)
+    assert stock[0]["classification"] > 0
+    assert_same(ours, stock, DOUBLE)
+
+
+def test_gradients_of_a_fused_head_accumulate(tiny: nn.Module) -> None:
+    """Two batches; the second is a part of the first, and the retained graph of the first is gone through twice."""
+    found = []
+    for model in (copy.deepcopy(tiny), compat.accelerate(tiny, fuse_head=True)):
+        model.double().train()
+        for part, twice in ((slice(0, 3), True), (slice(2, 3), False)):
+            losses = model(images(torch.float64)[part], targets(torch.float64)[part])
+            total = torch.stack(list(losses.values())).sum()
+            if twice:
+                total.backward(retain_graph=True)
+            total.backward()
+        found.append(({}, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    assert_same(found[1], found[0], DOUBLE)
+
+
+def test_loss_of_a_fused_head_without_gradients(tiny: nn.Module) -> None:
+    """As is done for a validation loss."""
+    tiny.double().train()
+    with torch.no_grad():
+        stock = tiny(images(torch.float64), targets(torch.float64))
+        ours = compat.accelerate(tiny, fuse_head=True)(images(torch.float64), targets(torch.float64))
+    assert_same((ours, {}), (stock, {}), DOUBLE)
+    assert not any(loss.requires_grad for loss in ours.values())
+
+
+def test_what_reads_the_logits_of_a_fused_head_gets_them(tiny: nn.Module) -> None:
+    """A hook on the head with a loss of its own, written for raw outputs."""
+
+    def hook(module: Any, args: Any, raw: list[Tensor]) -> None:
+        penalties.append(sum(x.sigmoid().square().mean() for x in raw))
+
+    tiny.double().train()
+    compat.accelerate(tiny)
+    tiny.head.classification_head.register_forward_hook(hook)
+    found = []
+    for fuse_head in (False, True):
+        penalties: list[Any] = []
+        compat.accelerate(tiny, fuse_head=fuse_head).zero_grad()
+        warned = pytest.warns(UserWarning, match="reads a head's logits in training") if fuse_head else nullcontext()
+        with warned:
+            losses = tiny(images(torch.float64), targets(torch.float64))
+        (torch.stack(list(losses.values())).sum() + penalties[0]).backward()
+        gradients = {n: p.grad for n, p in tiny.named_parameters() if p.grad is not None}
+        found.append(({n: loss.detach() for n, loss in losses.items()}, gradients))
+    assert_same(found[1], found[0], DOUBLE)
+
+
+def test_a_hook_on_the_last_convolution_of_a_fused_head(tiny: nn.Module) -> None:
+    calls = []
+    tiny.head.classification_head.cls_logits.register_forward_hook(lambda *_: calls.append(1))
+    stock = step(tiny, torch.float64)
+    assert_same(step(compat.accelerate(tiny, fuse_head=True), torch.float64), stock, DOUBLE)
+    assert len(calls) == 6
+
+
+def test_a_last_convolution_that_cannot_be_fused(tiny: nn.Module) -> None:
+    head = tiny.head.classification_head
+    own = type("Own", (nn.Conv2d,), {})
+    head.cls_logits.__class__ = own
+    types = [type(m) for m in tiny.modules()]
+    with pytest.raises(ValueError, match=r"ClassificationHead\.cls_logits: fuse_head=True needs .* got Own"):
+        compat.accelerate(tiny, fuse_head=True)
+    assert [type(m) for m in tiny.modules()] == types
+    head.cls_logits.__class__ = nn.Conv2d
+    nn.utils.parametrizations.weight_norm(head.cls_logits)
+    with pytest.raises(ValueError, match=r"cls_logits: fuse_head=True needs .* got ParametrizedConv2d"):
+        compat.accelerate(tiny, fuse_head=True)
 
 
 # --- 16 bits and autocast ---------------------------------------------------------------------------------------------
@@ -235,12 +402,13 @@ def test_precision_of_the_heads(kind: str, precision: Precision) -> None:
     assert loss.isinf() == (loss.dtype == torch.float16)
 
 
+@both_heads
 @every_precision
-def test_precision_of_a_training_step(tiny: nn.Module, precision: Precision) -> None:
+def test_precision_of_a_training_step(tiny: nn.Module, precision: Precision, fuse_head: bool) -> None:
     """Every loss has the dtype it had, the model itself being in 16 bits or not, and the gradients are finite."""
     tiny.to(precision.logits).train()
     found = []
-    for model in (copy.deepcopy(tiny), compat.accelerate(tiny)):
+    for model in (copy.deepcopy(tiny), compat.accelerate(tiny, fuse_head=fuse_head)):
         with precision.context():
             losses = model(images(precision.logits), targets(precision.logits))
         total = torch.stack([loss.float() for loss in losses.values()]).sum()
@@ -291,45 +459,57 @@ def test_one_class_labelled_1(kind: str) -> None:
 # --- same everything else ---------------------------------------------------------------------------------------------
 
 
-def test_bit_identical_detections(tiny: nn.Module) -> None:
+@both_heads
+def test_bit_identical_detections(tiny: nn.Module, fuse_head: bool) -> None:
     tiny.score_thresh = 0.0
     tiny.eval()
     with torch.no_grad():
         stock = tiny(images())
-        ours = compat.accelerate(tiny)(images())
+        ours = compat.accelerate(tiny, fuse_head=fuse_head)(images())
     assert sum(len(d["scores"]) for d in stock) > 0
     for theirs, mine in zip(stock, ours, strict=True):
         assert all(torch.equal(theirs[key], mine[key]) for key in theirs)
 
 
-def test_state_dict_is_unchanged(tiny: nn.Module) -> None:
+@both_heads
+def test_state_dict_is_unchanged(tiny: nn.Module, fuse_head: bool) -> None:
     before = {name: t.clone() for name, t in tiny.state_dict().items()}
-    after = compat.accelerate(tiny).state_dict()
+    after = compat.accelerate(tiny, fuse_head=fuse_head).state_dict()
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     tiny.load_state_dict(before)
     copied = copy.deepcopy(tiny)
-    assert type(copied.head.classification_head) is type(tiny.head.classification_head)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in tiny.modules()]
 
 
-def test_restore(tiny: nn.Module) -> None:
+@both_heads
+def test_restore(tiny: nn.Module, fuse_head: bool) -> None:
     types = [type(m) for m in tiny.modules()]
     stock = step(tiny)
-    assert [type(m) for m in compat.accelerate(tiny).modules()] != types
+    assert [type(m) for m in compat.accelerate(tiny, fuse_head=fuse_head).modules()] != types
     restored = compat.restore(tiny)
     assert restored is tiny and [type(m) for m in tiny.modules()] == types
     assert_same(step(tiny), stock, 0.0)
     compat.restore(tiny)
 
 
-def test_accelerate_twice_is_accelerate_once(tiny: nn.Module) -> None:
-    once = step(compat.accelerate(tiny))
-    assert_same(step(compat.accelerate(tiny)), once, 0.0)
+@both_heads
+def test_accelerate_twice_is_accelerate_once(tiny: nn.Module, fuse_head: bool) -> None:
+    once = step(compat.accelerate(tiny, fuse_head=fuse_head))
+    assert_same(step(compat.accelerate(tiny, fuse_head=fuse_head)), once, 0.0)
 
 
-def test_a_frozen_head_keeps_working(tiny: nn.Module) -> None:
+def test_the_fused_head_is_switched_on_and_off(tiny: nn.Module) -> None:
+    plain = [type(m) for m in compat.accelerate(tiny).modules()]
+    fused = [type(m) for m in compat.accelerate(tiny, fuse_head=True).modules()]
+    assert sum(a is not b for a, b in zip(plain, fused, strict=True)) == 1
+    assert [type(m) for m in compat.accelerate(tiny).modules()] == plain
+
+
+@both_heads
+def test_a_frozen_head_keeps_working(tiny: nn.Module, fuse_head: bool) -> None:
     """Its part of the model is in evaluation mode while the rest trains."""
     stock = step(tiny)
-    compat.accelerate(tiny).train()
+    compat.accelerate(tiny, fuse_head=fuse_head).train()
     tiny.head.classification_head.eval()
     losses = tiny(images(), targets())
     for name, loss in losses.items():
@@ -396,24 +576,26 @@ def fresh_dynamo() -> Iterator[None]:
 SINGLE = 1e-4
 
 
+@pytest.mark.filterwarnings("error:fuse_head")  # no logits are made
+@both_heads
 @pytest.mark.parametrize("order", ["accelerate then compile", "compile then accelerate"])
-def test_compiled(tiny: nn.Module, order: str, fresh_dynamo: None) -> None:
+def test_compiled(tiny: nn.Module, order: str, fuse_head: bool, fresh_dynamo: None) -> None:
     stock = step(tiny)
     if order.startswith("accelerate"):
-        compat.accelerate(tiny)
+        compat.accelerate(tiny, fuse_head=fuse_head)
     # The graphs are what is tested; inductor's kernels for the convolutions are not.
     compiled = torch.compile(tiny, backend="aot_eager")
     if order.startswith("compile"):
-        compat.accelerate(compiled)
+        compat.accelerate(compiled, fuse_head=fuse_head)
     losses, gradients = step(compiled)
     assert_same((losses, {name.removeprefix("_orig_mod."): g for name, g in gradients.items()}), stock, SINGLE)
 
 
-def rank_step(rank: int, port: int, name: str, results: Any) -> None:
+def rank_step(rank: int, port: int, name: str, fuse_head: bool, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = compat.accelerate(nn.parallel.DistributedDataParallel(TINY[name]()))
+    model = compat.accelerate(nn.parallel.DistributedDataParallel(TINY[name]()), fuse_head=fuse_head)
     model.train()
     losses = model(images()[rank : rank + 1], targets()[rank : rank + 1])
     torch.stack(list(losses.values())).sum().backward()
@@ -424,8 +606,9 @@ def rank_step(rank: int, port: int, name: str, results: Any) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@both_heads
 @pytest.mark.parametrize("name", TINY)
-def test_distributed(name: str) -> None:
+def test_distributed(name: str, fuse_head: bool) -> None:
     """Two processes, one image each (the second without objects): the mean of what stock models give for each alone."""
     torch.manual_seed(0)
     model = TINY[name]().train()
@@ -442,7 +625,7 @@ def test_distributed(name: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [context.Process(target=rank_step, args=(rank, port, name, results)) for rank in range(2)]
+    processes = [context.Process(target=rank_step, args=(rank, port, name, fuse_head, results)) for rank in range(2)]
     for process in processes:
         process.start()
     found = {n: torch.from_numpy(g) for n, g in results.get().items()}

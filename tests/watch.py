@@ -54,6 +54,21 @@ class Recorder(TorchDispatchMode):
         return result
 
 
+class Shapes(TorchDispatchMode):
+    """The shapes of all tensors that have memory of their own size, also of those within nodes of autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(result):
+            if isinstance(t, Tensor) and t.untyped_storage().nbytes() >= t.numel() * t.itemsize:  # not expanded
+                self.seen.add(tuple(t.shape))
+        return result
+
+
 def peak_bytes(backend: Backend, body: Callable[[], object]) -> int:
     """Most memory held at once beyond what was there, while `body` runs; what it returns is still held."""
     if backend.device.type == "cuda":

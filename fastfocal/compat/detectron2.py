@@ -5,7 +5,8 @@
 
 In training the head's raw outputs of every level go to one call; detectron2 transposes all levels, concatenates them, and makes
 a dense target. Loss dict, the logged number of positives, state_dict and inference stay as they are. The running mean of the
-number of positives, which divides the losses, stays on the device. `restore` undoes it.
+number of positives, which divides the losses, stays on the device. `restore` undoes it. With `fuse_head=True` the head's last
+convolution and the loss are one, and training makes no logits.
 
 Equivalent to RetinaNet.losses and FCOS.losses of detectron2.modeling.meta_arch (02b5c4e): background K, ignored -1 (RetinaNet
 alone), normalizer `0.9 * before + 0.1 * max(positives, 1)`, which starts at 100 (RetinaNet) or 300 (FCOS). The classification
@@ -25,8 +26,7 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-import fastfocal
-from fastfocal.compat import patching
+from fastfocal.compat import fused_head, patching
 from fastfocal.compat.conventions import IGNORED, check_classes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -45,7 +45,7 @@ def _log_positives(positives: Tensor, images: int) -> None:
 
 
 def _classification_loss(model: Any, logits: list[Tensor], labels: Tensor, normalizer: Tensor) -> Tensor:
-    loss = fastfocal.focal_loss(
+    loss = fused_head.focal_loss(
         logits,
         labels,
         num_classes=model.num_classes,
@@ -53,7 +53,6 @@ def _classification_loss(model: Any, logits: list[Tensor], labels: Tensor, norma
         gamma=model.focal_loss_gamma,
         normalizer=normalizer,
     )
-    assert isinstance(loss, Tensor)
     return loss.float()
 
 
@@ -128,16 +127,28 @@ class FastFCOS(fcos.FCOS):  # type: ignore[misc]
 _FAST: patching.Swaps = {retinanet.RetinaNet: FastRetinaNet, fcos.FCOS: FastFCOS}
 
 
-def accelerate(model: Model) -> Model:
+def _last_layer(module: nn.Module) -> str:
+    return "head.cls_score"
+
+
+def accelerate(model: Model, *, fuse_head: bool = False) -> Model:
     """Makes fastfocal compute the classification loss of every RetinaNet and FCOS that `model` is or contains.
 
+    Args:
+        model: contains one.
+        fuse_head: whether in training the head's last convolution is computed together with the loss, in tiles, so that no
+            logits are made: for hundreds of classes and more. What reads them in training all the same (a hook on the head, a
+            `losses` that is called with them) gets them, and a warning. Calling it again with the other value switches.
+
     Returns:
-        The same model; its detectors have changed their class and nothing else.
+        The same model; its detectors (and with `fuse_head` their last convolutions) have changed their class and nothing else.
 
     Raises:
-        ValueError: neither is in it, or one is that was subclassed.
+        ValueError: neither is in it, or one is that was subclassed; with `fuse_head`, a `head.cls_score` that is not PyTorch's
+            own convolution (detectron2's, which has a norm and an activation, is another).
     """
-    return patching.accelerate(model, _FAST, "model", "detectron2's RetinaNet or FCOS")
+    last_layer = _last_layer if fuse_head else None
+    return patching.accelerate(model, _FAST, "model", "detectron2's RetinaNet or FCOS", last_layer=last_layer)
 
 
 def restore(model: Model) -> Model:

@@ -13,7 +13,8 @@
 
 The first alone changes the function: heads still permute every level. The second hands the head's raw outputs over. `restore`
 undoes it. GaussianFocalLoss takes probabilities, so that only a head can hand over what they are made of: in training,
-CenterNetHead's outputs are logits.
+CenterNetHead's outputs are logits. With `accelerate(model, fuse_head=True)` the last convolution of RetinaHead, ATSSHead and
+FCOSHead and their loss are one, and training makes no logits.
 
 Equivalent to mmdet.models.losses (3.3.0): background K, anchors of weight 0 ignored, the mean over `avg_factor` plus the
 float32 epsilon. Scores are not differentiated, as in every head. Here all of it runs in 16 bits too, and mmcv's compiled
@@ -51,7 +52,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 
 import fastfocal
-from fastfocal.compat import patching
+from fastfocal.compat import fused_head, patching
 from fastfocal.compat.conventions import check_classes
 from fastfocal.labels import NOTHING_IGNORED
 from fastfocal.ops import accumulation_dtype
@@ -280,7 +281,12 @@ class _Recorder(nn.Module):
 
 def _blank(cls_scores: Sequence[Tensor], channels: int, dtype: torch.dtype | None = None) -> list[Tensor]:
     """One class in place of `channels`, that takes no memory."""
-    return [x.new_zeros((), dtype=dtype).expand(x.shape[0], x.shape[1] // channels, *x.shape[2:]) for x in cls_scores]
+    return [
+        torch.zeros((), dtype=dtype or x.dtype, device=x.device).expand(
+            x.shape[0], x.shape[1] // channels, *x.shape[2:]
+        )
+        for x in cls_scores
+    ]
 
 
 class OneCall:
@@ -325,8 +331,11 @@ class OneCall:
         per_level = isinstance(losses["loss_cls"], (list, tuple))
         if per_level:
             more["level_weights"] = [float(factor) for factor in losses["loss_cls"]]
+        function = _fused(stock)
+        if isinstance(stock, FocalLoss):
+            function = functools.partial(fused_head.focal_loss, **function.keywords)  # type: ignore[attr-defined]
         loss = _tensor(
-            _fused(stock)(
+            function(
                 cls_scores,
                 labels,
                 num_classes=self.num_classes,
@@ -525,18 +534,55 @@ def check_loss(head: Any) -> None:
         )
 
 
-def accelerate(model: Model) -> Model:
+# Why a head's logits are there before its loss.
+_NOT_FUSED: dict[type[nn.Module], str] = {
+    GFLHead: "weighs its boxes' losses by its logits",
+    RTMDetHead: "assigns targets by its logits",
+    VFNetHead: "has the varifocal loss, and only the focal loss is fused",
+    CenterNetHead: "has a target for each logit, as large as the logits",
+}
+
+
+def _last_layer(head: nn.Module) -> str:
+    for kind, reason in _NOT_FUSED.items():  # first: most are a kind of ATSSHead
+        if isinstance(head, kind):
+            raise ValueError(
+                f"{type(head).__name__}: {reason}, so that it is not accelerated with fuse_head=True; expected RetinaHead, "
+                "ATSSHead or FCOSHead"
+            )
+    for kind, path in ((RetinaHead, "retina_cls"), (ATSSHead, "atss_cls")):
+        if isinstance(head, kind):
+            return path
+    return "conv_cls"
+
+
+def accelerate(model: Model, *, fuse_head: bool = False) -> Model:
     """Makes fastfocal compute the classification loss of every head of those above that `model` is or contains.
 
+    Args:
+        model: is or contains one.
+        fuse_head: whether in training a head's last convolution is computed together with the loss, in tiles, so that no
+            logits are made: for hundreds of classes and more, in RetinaHead, ATSSHead and FCOSHead. Where the loss is a list
+            with one per level (the first two), backward computes the convolution a second time. What reads the logits in
+            training all the same (a hook, `predict_by_feat`) gets them, and a warning. Calling it again with the other value
+            switches.
+
     Returns:
-        The same model; its heads have changed their class and nothing else.
+        The same model; its heads (and with `fuse_head` their last convolutions) have changed their class and nothing else.
 
     Raises:
         ValueError: none of them is in it, one is that was subclassed (which takes the mixin `OneCall` itself), or its loss is
-            another one.
+            another one; with `fuse_head`, a head that needs its logits before the loss, or whose last convolution is not
+            PyTorch's own (mmdet's NormedConv2d).
     """
     heads = "mmdet's RetinaHead, ATSSHead, FCOSHead, GFLHead, RTMDetHead, VFNetHead or CenterNetHead"
-    return patching.accelerate(model, _FAST, "model", heads, check_loss)
+    if fuse_head:
+        heads = (
+            "mmdet's RetinaHead, ATSSHead or FCOSHead (heads that assign targets by their logits, as with SimOTA, TOOD's or a "
+            "Hungarian assigner, cannot have fuse_head=True)"
+        )
+    last_layer = _last_layer if fuse_head else None
+    return patching.accelerate(model, _FAST, "model", heads, check_loss, last_layer=last_layer)
 
 
 def restore(model: Model) -> Model:

@@ -5,7 +5,8 @@
 
 In training the classification head hands over the raw convolution outputs of every level, and one call computes loss and
 gradient; torchvision permutes and concatenates all levels, makes a dense target for every image, and loops over the images.
-Loss dict, state_dict and evaluation stay as they are. `restore` undoes it.
+Loss dict, state_dict and evaluation stay as they are. `restore` undoes it. With `fuse_head=True` the last convolution and the
+loss are one, and training makes no logits.
 
 Equivalent to torchvision.models.detection.retinanet.RetinaNetClassificationHead (alpha 0.25, gamma 2, each image by its own
 number of positives, anchors between the thresholds ignored) and .fcos.FCOSHead (all images by their number of positives). The
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fcos, retinanet
 
 import fastfocal
-from fastfocal.compat import patching
+from fastfocal.compat import fused_head, patching
 from fastfocal.compat.conventions import check_classes, labels_of_matches
 from fastfocal.sigmoid import entropy_dtype
 
@@ -52,8 +53,7 @@ class FastRetinaNetClassificationHead(retinanet.RetinaNetClassificationHead):  #
         if isinstance(logits, Tensor):  # made in evaluation mode, by a frozen head
             return super().compute_loss(targets, head_outputs, matched_idxs)
         labels = labels_of_matches(matched_idxs, classes, self.num_classes, ignored=self.BETWEEN_THRESHOLDS)
-        loss = fastfocal.focal_loss(logits, labels, num_classes=self.num_classes, normalizer="positives_per_image")
-        assert isinstance(loss, Tensor)
+        loss = fused_head.focal_loss(logits, labels, num_classes=self.num_classes, normalizer="positives_per_image")
         return loss.to(entropy_dtype(logits[0], logits[0]))
 
 
@@ -85,8 +85,7 @@ class FastFCOSHead(fcos.FCOSHead):  # type: ignore[misc]
         one_class = head_outputs["bbox_ctrness"].new_zeros(()).expand(*labels.shape, 1)
         of_class_0 = [{**t, "labels": t["labels"].new_zeros(t["labels"].shape)} for t in targets]
         losses = super().compute_loss(of_class_0, {**head_outputs, "cls_logits": one_class}, anchors, matched_idxs)
-        loss = fastfocal.focal_loss(logits, labels, num_classes=num_classes)
-        assert isinstance(loss, Tensor)
+        loss = fused_head.focal_loss(logits, labels, num_classes=num_classes)
         return {**losses, "classification": loss.to(entropy_dtype(logits[0], logits[0]))}
 
 
@@ -97,7 +96,11 @@ _ACCELERATED: patching.Swaps = {
 }
 
 
-def accelerate(model: Model) -> Model:
+def _last_layer(module: nn.Module) -> str | None:
+    return None if isinstance(module, fcos.FCOSHead) else "cls_logits"
+
+
+def accelerate(model: Model, *, fuse_head: bool = False) -> Model:
     """Makes fastfocal compute the classification loss of every RetinaNet and FCOS inside `model`.
 
     The heads change their class, and nothing else: parameters, hooks and state_dict stay. Models wrapped for distributed
@@ -105,14 +108,21 @@ def accelerate(model: Model) -> Model:
 
     Args:
         model: contains a torchvision RetinaNet or FCOS, whose heads are torchvision's own.
+        fuse_head: whether in training the classification head's last convolution is computed together with the loss, in
+            tiles, so that no logits are made: for hundreds of classes and more. What reads them in training all the same (a
+            hook on a head, say) gets them, and a warning. With `torch.compile` the two are left out of the graph. Calling it
+            again with the other value switches.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: no head of torchvision's RetinaNet or FCOS is in it, or one is that was subclassed.
+        ValueError: no head of torchvision's RetinaNet or FCOS is in it, or one is that was subclassed; with `fuse_head`, a last
+            convolution that is not PyTorch's own, as it is.
     """
-    return patching.accelerate(model, _ACCELERATED, "model", "torchvision's RetinaNetClassificationHead or FCOSHead")
+    expected = "torchvision's RetinaNetClassificationHead or FCOSHead"
+    last_layer = _last_layer if fuse_head else None
+    return patching.accelerate(model, _ACCELERATED, "model", expected, last_layer=last_layer)
 
 
 def restore(model: Model) -> Model:
