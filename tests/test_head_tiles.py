@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from itertools import product
@@ -201,10 +200,8 @@ print(json.dumps(peak_extra_bytes(lambda: step(x), torch.device("cpu"))))
 
 
 def peak(chunk: int, mode: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(chunk), mode], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", MEASURE, str(chunk), mode]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
