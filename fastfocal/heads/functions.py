@@ -166,8 +166,6 @@ def call(
     options: Any,
 ) -> Tensor:
     keywords = dict(options)
-    if "weight" in keywords:  # cannot be: it is the layer's
-        raise TypeError("weight: the weights of anchors are called anchor_weight here")
     if "anchor_weight" in keywords:
         keywords["weight"] = keywords.pop("anchor_weight")
     loss, known, inputs = sort_keywords(
