@@ -459,7 +459,6 @@ def measure_times(
         if not chosen:
             return False
         if not calls:
-            fix_allocator(case.logit_bytes)
             small = draw(case.small)
             right = answer(case.small, small)
             for name in [BASE, *others]:
@@ -469,7 +468,6 @@ def measure_times(
             calls = {name: HeadCall(case, drawn, HEAD_ROWS[name]) for name in [BASE, *others]}
             largest = max(HEAD_ROWS[name].estimate(case) for name in [BASE, *others])
             touch_memory(int(min(largest, available_bytes(CPU) / 2)))
-            fix_allocator(case.logit_bytes)
             if seconds_of(found, case, BASE) < SHORT:
                 for call in calls.values():
                     call()
