@@ -52,7 +52,9 @@ def layer_of(name: str, module: nn.Module) -> Layer:
     is_conv = isinstance(module, nn.Conv2d) and kind.forward is nn.Conv2d.forward  # type: ignore[attr-defined]
     is_conv = is_conv and kind._conv_forward is nn.Conv2d._conv_forward  # type: ignore[attr-defined]
     is_linear = isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward  # type: ignore[attr-defined]
-    of_its_own = bool({"forward", "_conv_forward"} & vars(module).keys())  # put there by hooks of other libraries
+    of_its_own = (
+        "forward" in module.__dict__ or "_conv_forward" in module.__dict__
+    )  # put there by hooks of other libraries
     if not (is_conv or is_linear) or of_its_own:
         what = kind.__name__ + (" with a forward of its own" if of_its_own else "")
         raise TypeError(f"{name}: expected an nn.Conv2d or an nn.Linear whose forward is PyTorch's, got {what}")

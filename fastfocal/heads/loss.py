@@ -56,10 +56,10 @@ def head_loss(
         or options.reduction in ("level", "image")
         or (wants and not is_compiling() and has_hooks())
     )
-    divisor, factor = known.divisor, None
+    factor = None
     if dtype == torch.float16 and wants and not recompute:
-        divisor, factor = defer(known, levels[0].device)
-    call = HeadCall(head.layer, known, divisor, chunk, loss.takes_anchors)
+        factor = defer(known, levels[0].device)
+    call = HeadCall(head.layer, known, known.divisor, chunk, loss.takes_anchors)
     sizes = Sizes(len(levels), len(head.weights), dtype)
     tensors = (*levels, *head.weights, *head.biases)
     with torch.autocast(levels[0].device.type, enabled=False):
@@ -203,25 +203,24 @@ def pyramid_of(levels: list[Tensor], given: Tensor, head: Head, dtype: torch.dty
 # --- the scale --------------------------------------------------------------------------------------------------------
 
 
-def defer(known: ops.OperatorOptions, device: torch.device) -> tuple[Tensor | None, Tensor]:
+def defer(known: ops.OperatorOptions, device: torch.device) -> Tensor:
     """For float16: the loss is divided after the sums, as that would push small gradients out of float16's range.
 
-    Returns the divisors that stay within, relative to the least, and the factor of the finished gradients. Changes the scales
-    of the levels to fit.
+    Leaves the divisors that have to stay within, relative to the least, and the scales of the levels relative to the largest.
+    Returns the factor of the finished loss and gradients.
     """
-    scales = known.level_scales
-    common = max([abs(s) for s in scales]) or 1.0
-    known.level_scales = [s / common for s in scales]
+    common = max([abs(s) for s in known.level_scales]) or 1.0
+    known.level_scales = [s / common for s in known.level_scales]
     divisor = known.divisor
-    if divisor is None:
-        return None, torch.full((), common, dtype=torch.float64, device=device)
-    if divisor.numel() == 0:
-        return None, torch.ones((), dtype=torch.float64, device=device)
+    if divisor is None or divisor.numel() == 0:
+        return torch.full((), common, dtype=torch.float64, device=device)
     if divisor.numel() == 1:
-        return None, common / divisor.reshape(())
+        known.divisor = None
+        return common / divisor.reshape(())
     least = divisor.abs().amin()
     least = torch.where((least > 0) & torch.isfinite(least), least, 1.0)
-    return divisor / least, common / least
+    known.divisor = divisor / least
+    return common / least
 
 
 def reduced(losses: Tensor, reduction: int, dtype: torch.dtype, factor: Tensor | None) -> Tensor:

@@ -37,10 +37,9 @@ def numbers_of(layer: Layer) -> list[int]:
 
 
 def arguments_of(call: HeadCall, sizes: Sizes, tensors: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Any]:
-    options = call.options.changed(divisor=call.divisor)
     flags = [int(flag) for flag in needs_grad]
     head = [list(tensors), sizes.levels, sizes.weights, sizes.dtype, numbers_of(call.layer), call.bytes_of_tile]
-    return [*head, call.whole_anchors, *options.arguments(flags)]
+    return [*head, call.whole_anchors, *call.options.arguments(flags)]
 
 
 def run(arguments: Sequence[Any], incoming: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
