@@ -303,6 +303,54 @@ def test_hooks_that_change_something(kind: str) -> None:
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("kind", ["hook", "retained"])
+def test_whoever_waits_for_the_gradient_of_the_logits_gets_it(kind: str) -> None:
+    def wait(found: list[Tensor]) -> Reader:
+        def read(logits: list[Tensor]) -> Tensor:
+            if kind == "hook":
+                logits[0].register_hook(lambda g: (found.append(g.clone()), 2 * g)[1])
+            else:
+                logits[0].retain_grad()
+                found.append(logits[0])
+            return torch.zeros(())
+
+        return read
+
+    seen: list[Tensor] = []
+    head = build()
+    stock = step(head, wait(seen))
+    with pytest.warns(UserWarning, match="reads a head's logits in training"):
+        ours = step(fuse(head), wait(seen))
+    assert_same(ours, stock)
+    first, second = [t.grad if kind == "retained" else t for t in seen]
+    assert first is not None and second is not None
+    assert_same([second], [first])
+
+
+def test_levels_of_different_layers() -> None:
+    torch.manual_seed(0)
+    features = draw_features()
+    layers = [nn.Conv2d(WIDTH, ANCHORS * CLASSES, 3, padding=n, dilation=n).double() for n in (1, 2)]
+    want = fastfocal.focal_loss(
+        [c(x) for c, x in zip(layers, features, strict=True)],
+        labels := [torch.randint(-1, CLASSES + 1, (2, ANCHORS * h * w)) for h, w in SIZES],
+        num_classes=CLASSES,
+    )
+    for layer in layers:
+        layer.__class__ = UnmadeConv2d
+    unmade = [c(x) for c, x in zip(layers, features, strict=True)]
+    with pytest.warns(UserWarning, match="reads a head's logits in training"):
+        loss = fused_head.focal_loss(unmade, labels, num_classes=CLASSES)
+    assert_same([loss], [want])
+
+
+def test_features_that_a_convolution_refuses() -> None:
+    layer = nn.Conv2d(WIDTH, ANCHORS * CLASSES, 5).double()
+    layer.__class__ = UnmadeConv2d
+    with pytest.raises(RuntimeError, match=r"[Kk]ernel size"):
+        layer(torch.ones(1, WIDTH, 3, 3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_around_the_head(reentrant: bool) -> None:
     """The reentrant one runs it without a graph, and puts its own node after it: its outputs are then made."""

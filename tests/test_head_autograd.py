@@ -451,6 +451,45 @@ def test_autocast_leaves_float64_alone(generator: torch.Generator) -> None:
         assert_near(got, expected)
 
 
+@pytest.mark.parametrize("normalizer", ["positives", "positives_per_image", 1e5, None])
+def test_float16_sums_stay_finite(normalizer: Any) -> None:
+    """Sums over 90,000 cells exceed 65504 before they are divided, where a loss scale could not help any more."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(1, 2, 300, 300, generator=generator) * 8).half()
+    weight = (torch.randn(6, 2, 1, 1, generator=generator) * 0.05).half().requires_grad_()
+    bias = torch.zeros(6).half().requires_grad_()
+    labels = torch.randint(0, 4, (1, 300, 300, 2), generator=generator)
+    options: dict[str, Any] = {"num_classes": 3, "normalizer": normalizer}
+    if normalizer is None:
+        options["loss_weight"] = 1e-5
+    loss = fastfocal.conv_focal_loss(x, weight, bias, labels, **options)
+    got = torch.autograd.grad(loss, (weight, bias))
+    wide = [t.detach().double().requires_grad_() for t in (weight, bias)]
+    logits = nn.functional.conv2d(x.double(), *wide)
+    want = torch.autograd.grad(fastfocal.focal_loss(logits, labels, **options), wide)
+    for mine, expected in zip(got, want, strict=True):
+        # float16 rounds logits, their gradients and the results, the latter by 2^-11 each.
+        assert error(mine.double(), expected) < 2e-3
+
+
+def test_shapes_without_memory() -> None:
+    layer = nn.Conv2d(4, 15, 1, padding=1, device="meta")
+    features = torch.empty(2, 4, 3, 3, device="meta", requires_grad=True)
+    labels = torch.zeros(2, 75, device="meta", dtype=torch.int64)
+    loss = fastfocal.FastFocalLoss(5, alpha=[0.1] * 5).fused_with(layer, features, labels)
+    loss.backward()
+    assert loss.shape == () and loss.is_meta
+    assert features.grad is not None and features.grad.shape == features.shape
+    assert layer.weight.grad is not None and layer.weight.grad.shape == layer.weight.shape
+
+
+def test_many_incoming_gradients_at_once() -> None:
+    layer, features = nn.Conv2d(4, 15, 1), torch.randn(2, 4, 3, 3, requires_grad=True)
+    loss = fastfocal.FastFocalLoss(5).fused_with(layer, features, torch.zeros(2, 27, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=r"fastfocal: .*is_grads_batched"):
+        torch.autograd.grad(loss, features, torch.ones(3), is_grads_batched=True)
+
+
 def test_float16_with_a_loss_scale(generator: torch.Generator) -> None:
     """Thousands of positives divide gradients of 1e-6 out of float16's range; divided after the sums they are exact to 1e-3."""
     layer = Layer(anchors=9, classes=4, channels=16, cells=((48, 40), (24, 20)))

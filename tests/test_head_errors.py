@@ -84,6 +84,16 @@ CONV: list[tuple[Changes, type[Exception], str]] = [
         r"features\[0\]: smaller than the kernel \(3, 3\), got shape \(2, 4, 3, 2\)",
     ),
     (
+        {"features": [torch.ones(2, C, 0, 2), torch.ones(2, C, 1, 1)], "padding": 1},
+        V,
+        r"features\[0\]: without cells, which padding would make some of; got shape \(2, 4, 0, 2\)",
+    ),
+    (
+        {"weight": torch.ones(0, C, 1, 1), "bias": None},
+        V,
+        r"weight: expected at least one output, got shape \(0, 4, 1, 1\)",
+    ),
+    (
         {"weight": torch.ones(7, C, 1, 1), "bias": None},
         V,
         r"weight: expected a multiple of num_classes \(3\) outputs, got shape \(7, 4, 1, 1\)",
@@ -218,6 +228,7 @@ LINEAR: list[tuple[Changes, type[Exception], str]] = [
         V,
         r"features\[1\]: expected 4 channels, as the weight has, got shape \(2, 2, 5\)",
     ),
+    ({"weight": torch.ones(0, C), "bias": None}, V, r"weight: expected at least one output, got shape \(0, 4\)"),
     ({"weight": torch.ones(K, C, 1, 1)}, V, r"weight: expected \(K, C\), got shape \(3, 4, 1, 1\)"),
     ({"num_classes": 2}, V, r"weight: expected 2 outputs, num_classes, got shape \(3, 4\)"),
     ({"bias": torch.ones(2)}, V, r"bias: expected shape \(3,\), got \(2,\)"),
@@ -388,6 +399,11 @@ def test_errors_of_a_modules_call() -> None:
         ]
         for call_, error, words in cases:
             raises_before_anything(call_, error, words)
+    running = FastFocalLoss(K, ema_momentum=0.9)
+    padded, empty = nn.Conv2d(C, A * K, 1, padding=1), torch.ones(2, C, 0, 2)
+    some = torch.zeros(2, 2 * 4 * A, dtype=torch.int64)
+    raises_before_anything(lambda: running.fused_with(padded, empty, some), V, r"features\[0\]: without cells")
+    assert running.ema_normalizer == 100  # a call that fails is no step
     none = FastFocalLoss(K, reduction="none")
     raises_before_anything(lambda: none.fused_with(head, features, labels), V, 'reduction: "none" gives')
     mask = torch.ones(2, K, dtype=torch.bool)

@@ -450,3 +450,70 @@ def test_divisors_too_large_for_a_multiplication(backend: Backend, what: str, ge
     size = Size(1, 1, 71535, ((1, 1),)) if what == "classes" else Size(1, 1, 2, ((251, 285),))
     levels, labels = problem(backend, size, generator)
     check(levels, labels, num_classes=size.classes)
+
+
+# --- some of an anchor's classes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["flattened", "channels_last", "planes", "odd planes", "short planes"])
+@pytest.mark.parametrize("reads", ["labels", "weights"])
+def test_parts_of_the_classes_are_the_whole(
+    backend: Backend, layout: str, dtype: torch.dtype, reads: str, generator: torch.Generator
+) -> None:
+    """Kernels that get the classes in parts of odd sizes find the positives that they find in all of them.
+
+    Every part has whole tiles (8192 logits), as the vector paths take no others, and most anchors have a class, so that those
+    of another part lie next to every logit.
+    """
+    n, k, parts = 2, 71, (13, 29, 21, 8)
+    h, w = {"odd planes": (27, 31), "short planes": (7, 9)}.get(layout, (26, 32))
+    if layout == "short planes":
+        n, k, parts = 2, 620, (157, 301, 162)
+    logits = (torch.randn(n, k, h, w, generator=generator) * 3).to(dtype)
+    labels = torch.randint(-2, k, (n, h * w), generator=generator)  # ignored, background, classes
+    weight = torch.rand(n * h * w, generator=generator).to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+    def lay_out_part(part: Tensor) -> Tensor:
+        if layout == "flattened":
+            return part.flatten(2).transpose(1, 2).contiguous().to(backend.device)
+        last = layout == "channels_last"
+        form = torch.channels_last if last else torch.contiguous_format
+        return part.contiguous(memory_format=form).to(backend.device)
+
+    def run(part: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        options = fastfocal.ops.OperatorOptions(
+            packed_labels=labels.flatten().to(backend.device, torch.int16),
+            soft_targets=None,
+            scores=None,
+            anchor_weight=weight.to(backend.device) if reads == "weights" else None,
+            class_weights=None,
+            class_mask=None,
+            divisor=None,
+            level_scales=[1.0],
+            positive_weight=0.25,
+            negative_weight=0.75,
+            loss=fastfocal.losses.focal.FocalLoss.kind,
+            loss_parameters=[2.0, 0.0, 0.0],
+            num_classes=part.shape[1],
+            first_class=first,
+            reduction=fastfocal.ops.SUM,
+        )
+        (loss,), (gradient,) = fastfocal.ops.pyramid_loss([lay_out_part(part)], options, [1])
+        gradient = gradient.cpu()
+        if layout == "flattened":
+            gradient = gradient.transpose(1, 2).reshape(part.shape)
+        return loss.cpu().double(), gradient.double()
+
+    whole, whole_gradient = run(logits, 0)
+    losses, gradients, first = [], [], 0
+    for size in parts:
+        loss, gradient = run(logits[:, first : first + size], first)
+        losses.append(loss)
+        gradients.append(gradient)
+        first += size
+    assert first == k
+    # Sums are float32 by the end; 16-bit gradients of other vector paths may be rounded to a neighbour.
+    torch.testing.assert_close(torch.stack(losses).sum(), whole, rtol=1e-6, atol=0)
+    rtol = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(torch.cat(gradients, 1), whole_gradient, rtol=rtol, atol=1e-30)

@@ -114,8 +114,8 @@ struct AnchorLook {
  private:
   // Logits [begin, end) of the vector are the classes from `first` on of an anchor with this label.
   __device__ __forceinline__ void mark(int label, uint32_t first, uint32_t begin, uint32_t end, Special* found) const {
-    const uint32_t at = uint32_t(label - first_class) - first + begin;
-    if (label >= 0 && at < end) found->positive |= 1u << at;  // a label below `first` wraps beyond `end`
+    const uint32_t at = uint32_t(label - first_class) - first;  // of a lower label it wraps beyond them all
+    if (label >= 0 && at < end - begin) found->positive |= 1u << (begin + at);
     if (label == kIgnored) found->ignored |= (1u << end) - (1u << begin);
   }
 };

@@ -75,6 +75,8 @@ class Unmade(Tensor):
         """
         if self.made is not None or self.grad_fn is not self._node:
             return False
+        if self._backward_hooks or self.retains_grad:  # somebody waits for the logits' gradient
+            return False
         self._check_versions()
         return True
 
@@ -149,9 +151,15 @@ class UnmadeConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or x.dim() != 4 or torch.jit.is_tracing():
+        if not self.training or x.dim() != 4 or torch.jit.is_tracing() or self._refuses(x):
             return super().forward(x)
         return _of_module(self, x)
+
+    def _refuses(self, x: Tensor) -> bool:
+        """What a convolution raises an error for, or may."""
+        padding = (0, 0) if isinstance(self.padding, str) else self.padding
+        sides = zip(x.shape[2:], padding, self.dilation, self.kernel_size, strict=True)
+        return self.padding != "same" and any(n == 0 or n + 2 * p < d * (k - 1) + 1 for n, p, d, k in sides)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -184,7 +192,8 @@ def _fused_loss(levels: list[Unmade], targets: Any, options: dict[str, Any]) -> 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _loss_of_unmade(logits: Sequence[Tensor], targets: Any, options: dict[str, Any]) -> Tensor:
-    if all(isinstance(x, Unmade) and x.is_as_left() for x in logits):
+    layers = [x.layer for x in logits if isinstance(x, Unmade) and x.is_as_left()]
+    if len(layers) == len(logits) and all(layer == layers[0] for layer in layers):
         return _fused_loss(list(logits), targets, options)  # type: ignore[arg-type]
     return focal_loss([x.logits() if isinstance(x, Unmade) else x for x in logits], targets, **options)
 

@@ -16,12 +16,12 @@ from fastfocal.heads.compute import HeadCall, Wanted, compute
 from fastfocal.heads.head import ChunkBytes, Head
 from fastfocal.heads.layers import Linear
 from fastfocal.heads.operator import arguments_of
-from fastfocal.heads.sizes import Sizes
+from fastfocal.heads.sizes import Sizes, without_autocast
 from fastfocal.heads.tiles import tile_bytes
 from fastfocal.options import Inputs, Options
 from fastfocal.prepare import Pyramid
 from fastfocal.pyramid import start
-from fastfocal.registration import is_mapped
+from fastfocal.registration import is_mapped, refuse_batched
 from fastfocal.saved import has_hooks
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def head_loss(
     call = HeadCall(head.layer, known, known.divisor, chunk, loss.takes_anchors)
     sizes = Sizes(len(levels), len(head.weights), dtype)
     tensors = (*levels, *head.weights, *head.biases)
-    with torch.autocast(levels[0].device.type, enabled=False):
+    with without_autocast(levels[0].device):
         if is_compiling():
             made = [wants and not recompute and t.requires_grad for t in tensors]
             losses, _ = torch.ops.fastfocal.head_loss(*arguments_of(call, sizes, tensors, made))
@@ -121,13 +121,15 @@ def check_parameters(levels: list[Tensor], head: Head) -> None:
             checks.floating(where, t)
             if t.device != first.device:
                 raise ValueError(f"{where}: expected the features' device, {first.device}, got {t.device}")
-            if t.dtype != head.weights[0].dtype:
+            if t.dtype != head.weights[0].dtype and not casts(first.device):
                 raise TypeError(f"{where}: expected {head.weights[0].dtype}, the weight's dtype, got {t.dtype}")
     for i, weight in enumerate(head.weights):
         where = f"{of_weight}[{i}]" if len(head.weights) > 1 else of_weight
         if weight.dim() != (4 if kernel else 2):
             expected = "(A*K, C / groups, kH, kW)" if kernel else "(K, C)"
             raise ValueError(f"{where}: expected {expected}, got shape {shape(weight)}")
+        if weight.shape[0] < 1:
+            raise ValueError(f"{where}: expected at least one output, got shape {shape(weight)}")
         if weight.shape[0] != head.weights[0].shape[0]:
             raise ValueError(
                 f"{where}: expected {head.weights[0].shape[0]} outputs as level 0 has, got shape {shape(weight)}"
@@ -143,8 +145,13 @@ def check_parameters(levels: list[Tensor], head: Head) -> None:
         width = weight.shape[1] * layer.groups
         if t.shape[1 if kernel else -1] != width:
             raise ValueError(f"features[{i}]: expected {width} channels, as the weight has, got shape {shape(t)}")
-        if min(layer.outputs(t, weight)) < 0 or (kernel and min(layer.outputs(t, weight)[2:]) < 1 <= t[0:1].numel()):
+        if not kernel:
+            continue
+        cells, outputs = min(t.shape[2:]), min(layer.outputs(t, weight)[2:])
+        if outputs < 0 or outputs < 1 <= cells:
             raise ValueError(f"features[{i}]: smaller than the kernel {tuple(weight.shape[2:])}, got shape {shape(t)}")
+        if cells < 1 <= outputs:
+            raise ValueError(f"features[{i}]: without cells, which padding would make some of; got shape {shape(t)}")
 
 
 def check_chunk_bytes(value: object) -> ChunkBytes:
@@ -160,12 +167,16 @@ def check_chunk_bytes(value: object) -> ChunkBytes:
 def computed_dtype(levels: list[Tensor], head: Head) -> torch.dtype:
     """What the layer computes in: autocast's dtype, or that of all."""
     first, weight = levels[0], head.weights[0]
-    kind = first.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (first.dtype, weight.dtype):
-        return torch.get_autocast_dtype(kind)
+    if casts(first.device) and torch.float64 not in (first.dtype, weight.dtype):
+        return torch.get_autocast_dtype(first.device.type)
     if first.dtype != weight.dtype:
         raise TypeError(f"features[0]: expected {weight.dtype}, the weight's dtype, got {first.dtype}")
     return first.dtype
+
+
+def casts(device: torch.device) -> bool:
+    """Whether autocast is at work."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def refuse_transforms(tensors: Sequence[Tensor]) -> None:
@@ -203,24 +214,29 @@ def pyramid_of(levels: list[Tensor], given: Tensor, head: Head, dtype: torch.dty
 # --- the scale --------------------------------------------------------------------------------------------------------
 
 
+# What a normalized float16 gradient is multiplied by at the most while it is summed: less, and more of it is rounded to 0;
+# more, and large sums become infinite, which no loss scale mends, as it comes later.
+SPREAD = 2.0**11
+
+
 def defer(known: ops.OperatorOptions, device: torch.device) -> Tensor:
     """For float16: the loss is divided after the sums, as that would push small gradients out of float16's range.
 
-    Leaves the divisors that have to stay within, relative to the least, and the scales of the levels relative to the largest.
+    Leaves scales and divisors that make no gradient larger than without any, nor more than SPREAD times as large as it will be.
     Returns the factor of the finished loss and gradients.
     """
     common = max([abs(s) for s in known.level_scales]) or 1.0
     known.level_scales = [s / common for s in known.level_scales]
     divisor = known.divisor
-    if divisor is None or divisor.numel() == 0:
-        return torch.full((), common, dtype=torch.float64, device=device)
-    if divisor.numel() == 1:
-        known.divisor = None
-        return common / divisor.reshape(())
-    least = divisor.abs().amin()
-    least = torch.where((least > 0) & torch.isfinite(least), least, 1.0)
-    known.divisor = divisor / least
-    return common / least
+    least = torch.ones((), dtype=torch.float64, device=device)
+    if divisor is not None and divisor.numel() > 0:
+        least = divisor.abs().amin()
+        least = torch.where((least > 0) & torch.isfinite(least), least, 1.0)
+        divisor = divisor / least
+    whole = common / least
+    within = torch.clamp(whole * SPREAD, max=1.0)
+    known.divisor = within.reciprocal() if divisor is None else divisor / within
+    return whole / within
 
 
 def reduced(losses: Tensor, reduction: int, dtype: torch.dtype, factor: Tensor | None) -> Tensor:
@@ -257,6 +273,7 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_batched(incoming)
         if torch.is_grad_enabled():
             raise RuntimeError(NO_SECOND)
         if ctx.call is None:
@@ -295,7 +312,6 @@ def recomputed(ctx: Any, incoming: Tensor) -> list[Tensor | None]:
     call: HeadCall = ctx.call
     call = call.changed(options=call.options.with_tensors(others[:-1]), divisor=others[-1])
     wanted = Wanted(*sizes.split(list(ctx.needs_input_grad[3:])))
-    device = tensors[0].device.type
-    with torch.autocast(device, enabled=False), below_autograd():
+    with without_autocast(tensors[0].device), below_autograd():
         _, found = compute(call, *sizes.parts(tensors), wanted, ctx.dtypes[: sizes.levels], incoming)
     return [*found.features, *found.weights, *found.biases]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastfocal import ops
 from fastfocal.heads.compute import HeadCall, Wanted, compute
 from fastfocal.heads.layers import Conv, Layer, Linear
-from fastfocal.heads.sizes import Sizes
+from fastfocal.heads.sizes import Sizes, without_autocast
 from fastfocal.ops import OperatorOptions
 
 # As pyramid_loss takes them after the logits: no second place says what they are.
@@ -54,7 +54,7 @@ def run(arguments: Sequence[Any], incoming: Tensor | None = None) -> tuple[Tenso
         layer = Conv((s, t), (p, q), (d, e), groups)
     call = HeadCall(layer, options, options.divisor, bytes_of_tile, whole_anchors)
     wanted = Wanted(*sizes.split([bool(flag) for flag in needs_grad]))
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with without_autocast(tensors[0].device):
         losses, found = compute(call, *sizes.parts(tensors), wanted, [t.dtype for t in tensors[:levels]], incoming)
     gradients = [*found.features, *found.weights, *found.biases]
     return losses, [as_promised(g, p) for g, p in zip(gradients, promised(tensors, levels, needs_grad), strict=True)]

@@ -1,8 +1,9 @@
-"""Which of a node's tensors are features, weights and biases."""
+"""Which of a node's tensors are features, weights and biases, and what they are computed in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,3 +24,8 @@ class Sizes:
     def parts(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         features, weights, biases = self.split([t.to(self.dtype) for t in tensors])
         return features, weights, biases
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """What is computed in has been settled by then."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
