@@ -508,7 +508,7 @@ def check_the_sum_overlaps() -> None:
     begun = names.index("started")
     waited = names.index("waited for")
     assert names.index("pack_labels") < begun < waited < names.index("pyramid_loss"), names
-    assert "cat" not in names[:begun] and "cat" in names[begun:waited], names  # the weights, made flat
+    assert "copy_" not in names[:begun] and "copy_" in names[begun:waited], names  # the weights, made flat
     # Nothing but the collective itself between the count and the sum.
     between = names[names.index("pack_labels") + 1 : begun]
     assert all("allreduce" in name.replace("_", "") for name in between), between

@@ -82,7 +82,7 @@ def test_torch_is_fetched_only_where_there_is_none(tmp_path: Path, there: bool) 
     if not there:
         hidden = "lambda name, *rest, **more: None if name == 'torch' else find(name, *rest, **more)"
         code = f"from importlib.machinery import PathFinder as P; find = P.find_spec; P.find_spec = {hidden}; {code}"
-    for package in ("fastfocal", "fastfocal/compat", "fastfocal/demo", "fastfocal/losses"):
+    for package in ("fastfocal", "fastfocal/compat", "fastfocal/demo", "fastfocal/heads", "fastfocal/losses"):
         (tmp_path / package).mkdir()
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

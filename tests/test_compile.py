@@ -17,7 +17,7 @@ from cases import (
     encode,
     leaves,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from watch import Call, Recorder
@@ -104,6 +104,35 @@ def calls_of(
     return recorder.calls
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "head": {},
+    "head_recompute": {"grad_mode": "recompute"},
+    "head_by_image": {"reduction": "image", "normalizer": "positives_per_image"},
+    "head_float16": {"dtype": torch.float16},
+    "head_linear_soft": {"linear": True, "normalizer": 3.0},
+    "head_frozen": {"frozen": True},
+}
+
+
+def calls_of_head(
+    *, dtype: torch.dtype = torch.float32, linear: bool = False, frozen: bool = False, **options: Any
+) -> list[Call]:
+    """Those of a fused head, which calls operators of its own where a compiler is at work."""
+    generator = torch.Generator().manual_seed(0)
+    layer = (nn.Linear(4, 3) if linear else nn.Conv2d(4, 6, 3, padding=1)).to(dtype)
+    shapes = [(2, 5, 4), (2, 2, 4)] if linear else [(2, 4, 5, 3), (2, 4, 1, 2)]
+    features = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+    layer.weight.requires_grad_(not frozen)
+    criterion = FastFocalLoss(3, **options)
+    targets: list[Tensor] = [torch.randint(-1, 4, (2, n), generator=generator) for n in (30, 4)]
+    if linear:
+        targets = [torch.rand(*shape[:2], 3, generator=generator).to(dtype) for shape in shapes]
+    with Recorder() as recorder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastfocal.heads.loss.is_compiling", lambda: True)
+        criterion.fused_with(layer, features, targets, chunk_bytes=100).sum().backward()
+    return recorder.calls
+
+
 def describe(call: Call) -> str:
     """What a fake function can see: a second call that looks the same teaches nothing."""
     seen = torch.utils._pytree.tree_map_only(Tensor, lambda x: (x.shape, x.stride(), x.dtype), (call.args, call.kwargs))
@@ -115,10 +144,10 @@ def checked() -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [*STEPS, *HEADS])
 def test_opcheck(name: str, checked: set[str]) -> None:
     """Schemas tell the truth about writes and aliases, fake functions about shapes, dtypes and strides."""
-    calls = calls_of(**STEPS[name])
+    calls = calls_of(**STEPS[name]) if name in STEPS else calls_of_head(**HEADS[name])
     assert calls, "no operator of fastfocal was called"
     for call in calls:
         if (signature := describe(call)) not in checked:
@@ -128,7 +157,9 @@ def test_opcheck(name: str, checked: set[str]) -> None:
 
 def test_opcheck_covers_every_operator() -> None:
     """An operator that no step above reaches would go unchecked."""
-    called = {call.operator.name().split(".")[0] for step in STEPS.values() for call in calls_of(**step)}
+    calls = [call for step in STEPS.values() for call in calls_of(**step)]
+    calls += [call for head in HEADS.values() for call in calls_of_head(**head)]
+    called = {call.operator.name().split(".")[0] for call in calls}
     registered = {
         name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastfocal::")
     }

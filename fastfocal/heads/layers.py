@@ -49,7 +49,7 @@ class Conv:
         return torch.conv2d(features, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def backward(self, gradient: Tensor, features: Tensor, weight: Tensor, needs: Needs, groups: int) -> Gradients:
-        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+        found = torch.ops.aten.convolution_backward(
             gradient,
             features,
             weight,
@@ -62,6 +62,9 @@ class Conv:
             groups,
             needs,
         )
+        # Under some of PyTorch's modes it gives what was not asked for, too.
+        of_features, of_weight, of_bias = [t if need else None for t, need in zip(found, needs, strict=True)]
+        return of_features, of_weight, of_bias
 
 
 Layer = Linear | Conv
