@@ -57,18 +57,18 @@ def with_torchs_own_error(operator: Callable[..., Any]) -> Callable[..., Any]:
     tried again from here.
     """
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if is_compiling():
-            return operator(*args)
+            return operator(*args, **kwargs)
         try:
-            return operator(*args)
+            return operator(*args, **kwargs)
         except RuntimeError as error:
             failed = _C.failed_allocation()
             if failed is None or failed[2] not in str(error):
                 raise
         size, device, _ = failed
         torch.empty(size, dtype=torch.uint8, device=device)
-        return operator(*args)  # memory has been freed since
+        return operator(*args, **kwargs)  # memory has been freed since
 
     return call
 
