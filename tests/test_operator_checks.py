@@ -725,11 +725,11 @@ class Failing:
     def __init__(self, failures: int) -> None:
         self.calls, self.failures = 0, failures
 
-    def __call__(self, *args: object) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         self.calls += 1
         if self.calls <= self.failures:
             raise RuntimeError("CUDA out of memory. Tried to allocate 123 bytes.")
-        return args
+        return (*args, *kwargs.items())
 
     def failed_allocation(self) -> tuple[int, str, str]:
         return 123, "cuda:1", "CUDA out of memory. Tried to allocate 123 bytes."
@@ -756,7 +756,7 @@ def test_memory_that_is_there_again_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     failing = Failing(1)
     monkeypatch.setattr(guards, "_C", failing)
     monkeypatch.setattr(guards.torch, "empty", lambda *size, **options: None)
-    assert guards.with_torchs_own_error(failing)(1, 2) == (1, 2) and failing.calls == 2
+    assert guards.with_torchs_own_error(failing)(1, by_name=2) == (1, ("by_name", 2)) and failing.calls == 2
 
 
 def test_other_errors_pass_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
