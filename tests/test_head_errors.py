@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -413,6 +415,32 @@ def test_errors_of_a_modules_call() -> None:
         V,
         "class_mask: softmax_focal_loss takes none",
     )
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        "register_module_forward_hook",
+        "register_module_forward_pre_hook",
+        "register_module_full_backward_hook",
+        "register_module_full_backward_pre_hook",
+    ],
+)
+def test_hooks_of_all_modules_do_not_run_unsaid(register: str) -> None:
+    call = conv_call()
+    criterion, head = FastFocalLoss(K), conv()
+    seen: list[nn.Module] = []
+    handle = getattr(nn.modules.module, register)(lambda module, *_: seen.append(module))
+    try:
+        with pytest.warns(UserWarning, match="hooks registered for all modules do not run for the head") as caught:
+            criterion.fused_with(head, call["features"], call["targets"])
+    finally:
+        handle.remove()
+    assert head not in seen
+    assert [Path(w.filename) for w in caught] == [Path(__file__)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        criterion.fused_with(head, call["features"], call["targets"])
 
 
 def test_layers_that_are_what_they_seem() -> None:

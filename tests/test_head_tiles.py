@@ -14,7 +14,10 @@ import torch
 from head_problems import Calls, Layer, draw, fused_loss, leaves_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastfocal
+from benchmarks.memory import TensorBytes
 from fastfocal.heads.tiles import LevelSize, plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,3 +222,26 @@ def test_memory_is_that_of_the_gradients_and_some_tiles(mode: str) -> None:
     bound = 2 * chunk + 3 * labels + (0 if mode == "forward" else 2 * gradients) + 2 * MIB
     assert got <= bound < logits / 4, f"{got / MIB:.1f} MiB, expected {bound / MIB:.1f}; logits {logits / MIB:.1f}"
     assert got >= chunk / 2  # something was measured
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("classes, side", [(300, 8), (4, 64)], ids=["large weight", "large features"])
+def test_the_smaller_sums_wait(classes: int, side: int, dtype: torch.dtype) -> None:
+    """Gradients of 16 bits are rounded from sums of 32, of which no more should be there than need be."""
+    chunk, n, c, anchors, levels = 64 * 2**10, 2, 64, 9, 4
+    outputs = anchors * classes
+    with FakeTensorMode():
+        features = [torch.empty(n, c, side, side, dtype=dtype, requires_grad=True) for _ in range(levels)]
+        weight = torch.empty(outputs, c, 3, 3, dtype=dtype, requires_grad=True)
+        labels = [torch.empty(n, side, side, anchors, dtype=torch.int64) for _ in range(levels)]
+        with TensorBytes([*features, weight, *labels]) as counted:
+            fastfocal.conv_focal_loss(
+                features, weight, None, labels, num_classes=classes, padding=1, chunk_bytes=chunk
+            ).backward()
+    of_weight, of_features = weight.numel(), levels * features[0].numel()
+    gradients = dtype.itemsize * (of_weight + of_features)
+    # float32 has no wider sums; float16's range is too short to finish the weight's before they are scaled.
+    sums = {torch.float32: 0, torch.float16: 4 * of_weight, torch.bfloat16: 4 * min(of_weight, of_features)}[dtype]
+    # The logits of a tile and the gradients that come of them, for one level's features too; the packed labels, twice.
+    of_tile = 3 * chunk + (4 + dtype.itemsize) * features[0].numel() + 2 * 2 * levels * labels[0].numel()
+    assert gradients < counted.peak <= gradients + sums + of_tile

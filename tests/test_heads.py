@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fastfocal
 from fastfocal import reference
+from fastfocal.heads import compute
 from fastfocal.labels import CONVENTIONS
 from fastfocal.losses import LOSSES, Member
 
@@ -76,10 +77,22 @@ LINEAR: dict[str, Layer] = {
 LAYERS = CONVOLUTIONS | LINEAR
 
 
+@pytest.mark.parametrize("order", ["images first", "channels first"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers(backend: Backend, name: str, generator: torch.Generator) -> None:
+def test_layers(
+    backend: Backend, name: str, order: str, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both orders of the tiles; which one is taken is a matter of memory, and in float64 always the first."""
+    asked = []
+
+    def chosen(levels: list[Any], weight: Tensor, dtype: torch.dtype) -> bool:
+        asked.append(len(levels))
+        return bool(levels) and order == "channels first"
+
+    monkeypatch.setattr(compute, "features_wait", chosen)
     problem = draw(LAYERS[name], generator, device=backend.device)
     check(problem, problem.labels(), CHUNKS, incoming=3.0)
+    assert asked or 0 in problem.size.level_anchors() or not problem.layer.images
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastfocal import ops
-from fastfocal.heads.layers import Layer
+from fastfocal.heads.layers import Layer, Needs
+from fastfocal.heads.sizes import Each
 from fastfocal.heads.tiles import Channels, LevelSize, Plan, Rows, plan
 from fastfocal.ops import OperatorOptions
 
@@ -33,102 +34,125 @@ class HeadCall:
         return replace(self, **values)
 
 
-@dataclass
-class HeadGradients:
-    """Of every level's features, and of each weight and bias; None where none is wanted.
-
-    The features' have the dtypes asked for, the others the accumulation dtype.
-    """
-
-    features: list[Tensor | None]
-    weights: list[Tensor | None]
-    biases: list[Tensor | None]
-
-
-@dataclass
-class Wanted:
-    features: list[bool]
-    weights: list[bool]
-    biases: list[bool]
-
-    def any(self) -> bool:
-        return any((*self.features, *self.weights, *self.biases))
-
-
 def compute(
-    call: HeadCall,
-    features: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-    wanted: Wanted,
-    feature_dtypes: list[torch.dtype],
-    incoming: Tensor | None = None,
-) -> tuple[Tensor, HeadGradients]:
-    """The loss of each image of each level, (L, N) float64, and the gradients of its sum.
+    call: HeadCall, tensors: Each[Tensor], wanted: Each[bool], dtypes: Each[torch.dtype], incoming: Tensor | None = None
+) -> tuple[Tensor, Each[Tensor | None]]:
+    """The loss of each image of each level, (L, N) float64, and the gradients of its sum; None where none is wanted.
 
     Args:
-        features: (N, C, H, W) or (N, M, C), a level each; like weights and biases of the dtype that is computed in.
-        weights, biases: one for all levels or one for each; no biases: none.
-        feature_dtypes: of the features' gradients.
+        tensors: features (N, C, H, W) or (N, M, C); all of the dtype that is computed in.
+        dtypes: of the gradients.
         incoming: (L, N), the factor of each loss; the gradients alone are then of use.
     """
-    first = features[0]
-    losses = first.new_zeros((len(features), first.shape[0]), dtype=torch.float64)
-    found = HeadGradients([None] * len(features), [None] * len(weights), [None] * len(biases))
+    features, weights, biases = tensors.features, tensors.weights, tensors.biases
+    losses = features[0].new_zeros((len(features), features[0].shape[0]), dtype=torch.float64)
+    found: Each[Tensor | None] = Each([None] * len(features), [None] * len(weights), [None] * len(biases))
+    of_biases = [Sum(bias) for bias in biases]
+    by_weight: list[list[Level]] = [[] for _ in weights]
     start = 0
-    for level, x in enumerate(features):
-        at_weight = level if len(weights) > 1 else 0
-        at_bias = (level if len(biases) > 1 else 0) if biases else None
-        bias = None if at_bias is None else biases[at_bias]
+    for i, x in enumerate(features):
+        at_weight = i if len(weights) > 1 else 0
+        at_bias = (i if len(biases) > 1 else 0) if biases else None
         divisor = call.divisor
         if incoming is not None:
-            divisor = incoming[level].reciprocal() if divisor is None else divisor / incoming[level]
-        of_level = Level(call, level, x, weights[at_weight], bias, divisor, start)
-        start += of_level.labels
-        wants_bias = at_bias is not None and wanted.biases[at_bias]
-        needs = (wanted.features[level], wanted.weights[at_weight], wants_bias)
-        if incoming is not None and not any(needs):
-            continue
-        of_weight = Sum.of(found.weights[at_weight], of_level.weight)
-        of_bias = Sum.of(None if at_bias is None else found.biases[at_bias], of_level.bias)
-        found.features[level] = of_level.run(needs, losses[level], of_weight, of_bias, feature_dtypes[level])
-        found.weights[at_weight] = of_weight.total
-        if at_bias is not None:
-            found.biases[at_bias] = of_bias.total
-    for i, (weight, flag) in enumerate(zip(weights, wanted.weights, strict=True)):
-        if flag and found.weights[i] is None:  # no level has a logit
-            found.weights[i] = torch.zeros_like(weight, dtype=ops.accumulation_dtype(weight.dtype))
-    for i, (bias, flag) in enumerate(zip(biases, wanted.biases, strict=True)):
-        if flag and found.biases[i] is None:
-            found.biases[i] = torch.zeros_like(bias, dtype=ops.accumulation_dtype(bias.dtype))
+            divisor = incoming[i].reciprocal() if divisor is None else divisor / incoming[i]
+        needs = wanted.features[i], wanted.weights[at_weight], at_bias is not None and wanted.biases[at_bias]
+        of_bias = None if at_bias is None else of_biases[at_bias]
+        level = Level(call, i, x, weights[at_weight], of_bias, divisor, start, needs, losses[i], dtypes.features[i])
+        start += level.labels
+        if level.plan.rows and (incoming is None or any(needs)):
+            by_weight[at_weight].append(level)
+        elif needs[0] and not level.plan.rows:
+            found.features[i] = torch.zeros_like(x, dtype=dtypes.features[i])
+    for at_weight, levels in enumerate(by_weight):
+        weight, dtype = weights[at_weight], dtypes.weights[at_weight]
+        if wanted.weights[at_weight] and not levels:
+            found.weights[at_weight] = torch.zeros_like(weight, dtype=dtype)
+        elif features_wait(levels, weight, dtype):
+            found.weights[at_weight] = channels_first(levels, weight, dtype)
+        elif levels:
+            of_weight = images_first(levels, weight)
+            found.weights[at_weight] = None if of_weight is None else of_weight.to(dtype)
+        for level in levels:
+            found.features[level.index] = level.result
+    for at_bias, (of_bias, dtype) in enumerate(zip(of_biases, dtypes.biases, strict=True)):
+        if wanted.biases[at_bias]:
+            total = torch.zeros_like(of_bias.like) if of_bias.total is None else of_bias.total
+            found.biases[at_bias] = total.to(dtype)
     return losses, found
+
+
+# --- the order of the tiles -------------------------------------------------------------------------------------------
+
+
+def features_wait(levels: list[Level], weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the features' sums are there for the whole time, and those of a part of the weight at a time.
+
+    Where a gradient is narrower than the sum that it is rounded from, the smaller sums should be those that wait. Where it is
+    not, a sum takes no more memory than the result, and features that are finished early, and a level at a time, take less.
+    """
+    if not levels or not levels[0].needs[1] or dtype == ops.accumulation_dtype(dtype):
+        return False
+    return sum(level.features.numel() for level in levels if level.needs[0]) < weight.numel()
+
+
+def images_first(levels: list[Level], weight: Tensor) -> Tensor | None:
+    """The weight's sum; a level's features are finished before the next one begins, some images before the next ones."""
+    of_weight = Sum(weight)
+    for level in levels:
+        for i in range(len(level.plan.rows)):
+            for channels in level.plan.channels:
+                level.tile(i, channels, of_weight)
+            level.finish(i)
+    return of_weight.total
+
+
+def channels_first(levels: list[Level], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight's gradient, of which some output channels are finished before the next ones begin."""
+    # The same parts for all levels: the smallest.
+    groups = max((level.plan.channels for level in levels), key=len)
+    result = torch.empty_like(weight, dtype=dtype)
+    for level in levels:
+        level.plan = Plan(level.plan.rows, groups)
+    for channels in groups:
+        begin, end = channels.range(levels[0].call.options.num_classes)
+        of_weight = Sum(weight[begin:end], begin)
+        for level in levels:
+            for i in range(len(level.plan.rows)):
+                level.tile(i, channels, of_weight)
+        assert of_weight.total is not None
+        result[begin:end] = of_weight.total
+    for level in levels:
+        for i in range(len(level.plan.rows)):
+            level.finish(i)
+    return result
 
 
 @dataclass
 class Sum:
-    """The gradient of a weight or a bias, in the accumulation dtype; `total` is None before anything was added."""
+    """The gradient of a weight or a bias, or of its output channels from `first` on; in the accumulation dtype."""
 
-    total: Tensor | None
-    like: Tensor | None
-    # What is added first to every output channel is written.
-    fresh: bool
+    like: Tensor
+    first: int = 0
+    total: Tensor | None = None
+    # Up to which channel something was added.
+    reached: int = 0
 
-    @staticmethod
-    def of(total: Tensor | None, like: Tensor | None) -> Sum:
-        return Sum(total, like, total is None)
-
-    def add(self, part: Tensor, begin: int, end: int, first_rows: bool) -> None:
-        assert self.like is not None
+    def add(self, part: Tensor, begin: int) -> None:
+        begin -= self.first
+        end = begin + part.shape[0]
+        dtype = ops.accumulation_dtype(part.dtype)
+        if self.total is None and part.shape[0] == self.like.shape[0]:
+            self.total, self.reached = part.to(dtype), end
+            return
         if self.total is None:
-            if end - begin == self.like.shape[0]:
-                self.total = part.to(ops.accumulation_dtype(part.dtype))
-                return
-            self.total = torch.empty_like(self.like, dtype=ops.accumulation_dtype(part.dtype))
+            self.total = torch.empty_like(self.like, dtype=dtype)
         target = self.total[begin:end]
-        if self.fresh and first_rows:
-            target.copy_(part)
-        else:
+        if begin < self.reached:
             target.add_(part)
+        else:  # channels come in their order
+            target.copy_(part)
+            self.reached = end
 
 
 class Level:
@@ -140,12 +164,16 @@ class Level:
         index: int,
         features: Tensor,
         weight: Tensor,
-        bias: Tensor | None,
+        of_bias: Sum | None,
         divisor: Tensor | None,
         start: int,
+        needs: Needs,
+        losses: Tensor,
+        dtype: torch.dtype,
     ) -> None:
-        self.call, self.index, self.features, self.weight, self.bias = call, index, features, weight, bias
-        self.divisor = divisor
+        """losses: (N,), which the tiles' are added to. dtype: of the features' gradient, `result`."""
+        self.call, self.index, self.features, self.weight, self.of_bias = call, index, features, weight, of_bias
+        self.divisor, self.needs, self.losses, self.dtype = divisor, needs, losses, dtype
         layer, options = call.layer, call.options
         shape = layer.outputs(features, weight)
         self.is_linear = len(shape) == 3
@@ -172,51 +200,32 @@ class Level:
             whole_anchors=call.whole_anchors,
         )
         self.plan: Plan = plan(size, max(1, call.bytes_of_tile // features.element_size()))
+        self.sums: list[Tensor | None] = [None] * len(self.plan.rows)  # of the features' gradient, so far
+        self.result: Tensor | None = None
 
-    def run(
-        self, needs: tuple[bool, bool, bool], losses: Tensor, of_weight: Sum, of_bias: Sum, dtype: torch.dtype
-    ) -> Tensor | None:
-        """Adds the images' losses, and returns the features' gradient."""
-        x = self.features
-        if not self.plan.rows or not self.plan.channels:
-            return torch.zeros_like(x, dtype=dtype) if needs[0] else None
-        whole = len(self.plan.rows) == 1
-        result = torch.empty_like(x, dtype=dtype) if needs[0] and not whole else None
-        sums = None
-        for i, rows in enumerate(self.plan.rows):
-            part = x[rows.first_image : rows.last_image]
-            if self.is_linear:
-                part = part[:, rows.first : rows.last]
-            sums = x.new_zeros((len(self.plan.channels), part.shape[0]), dtype=ops.accumulation_dtype(x.dtype))
-            of_part = None
-            for j, channels in enumerate(self.plan.channels):
-                of_part = self.tile(part, rows, channels, i == 0, needs, sums[j], of_part, of_weight, of_bias)
-            losses[rows.first_image : rows.last_image] += sums.sum(0, dtype=torch.float64)
-            if of_part is None:
-                continue
-            if result is None:
-                return of_part.to(dtype)
-            target = result[rows.first_image : rows.last_image]
-            (target[:, rows.first : rows.last] if self.is_linear else target).copy_(of_part)
-        return result
+    def part(self, tensor: Tensor, rows: Rows) -> Tensor:
+        """Of the features, or of a tensor like them."""
+        of_images = tensor[rows.first_image : rows.last_image]
+        return of_images[:, rows.first : rows.last] if self.is_linear else of_images
 
-    def tile(
-        self,
-        x: Tensor,
-        rows: Rows,
-        channels: Channels,
-        first_rows: bool,
-        needs: tuple[bool, bool, bool],
-        loss: Tensor,
-        of_features: Tensor | None,
-        of_weight: Sum,
-        of_bias: Sum,
-    ) -> Tensor | None:
-        """Writes the images' losses of this tile, adds to weight's and bias's gradient, returns the features' so far."""
-        layer = self.call.layer
+    def finish(self, at: int) -> None:
+        """Puts the sums of these rows where they belong, in the gradient's dtype."""
+        found, self.sums[at] = self.sums[at], None
+        if found is None:
+            return
+        if len(self.plan.rows) == 1:
+            self.result = found.to(self.dtype)
+            return
+        if self.result is None:
+            self.result = torch.empty_like(self.features, dtype=self.dtype)
+        self.part(self.result, self.plan.rows[at]).copy_(found)
+
+    def tile(self, at: int, channels: Channels, of_weight: Sum) -> None:
+        """Adds what comes of these rows and channels to the losses and the sums."""
+        layer, rows = self.call.layer, self.plan.rows[at]
         begin, end = channels.range(self.call.options.num_classes)
-        weight, bias = self.weight[begin:end], None if self.bias is None else self.bias[begin:end]
-        inputs, groups = slice(None), layer.groups
+        bias = None if self.of_bias is None else self.of_bias.like[begin:end]
+        weight, x, inputs, groups = self.weight[begin:end], self.part(self.features, rows), slice(None), layer.groups
         if groups > 1 and end - begin < self.weight.shape[0]:  # within one of them
             width = self.weight.shape[1]
             group = begin // (self.weight.shape[0] // groups)
@@ -224,27 +233,31 @@ class Level:
         read = x if groups == layer.groups else x[:, inputs]
         logits = layer.forward(read, weight, bias, groups).contiguous(memory_format=self.memory_format)
         options = self.arranged.options_of(rows, channels, logits, self.call.options, self.index, self.divisor)
-        if not any(needs):
-            (of_images,), _ = ops.pyramid_loss([logits], options, [0])
-            loss.copy_(of_images)
-            return None
-        ops.pyramid_loss_([logits], [loss], options, [1])
-        to_features, to_weight, to_bias = layer.backward(logits, read, weight, needs, groups)
+        if any(self.needs):
+            loss = x.new_empty(x.shape[0], dtype=ops.accumulation_dtype(x.dtype))
+            ops.pyramid_loss_([logits], [loss], options, [1])
+        else:
+            (loss,), _ = ops.pyramid_loss([logits], options, [0])
+        self.losses[rows.first_image : rows.last_image] += loss  # in float64
+        if not any(self.needs):
+            return
+        to_features, to_weight, to_bias = layer.backward(logits, read, weight, self.needs, groups)
         del logits
         if to_weight is not None:
-            of_weight.add(to_weight, begin, end, first_rows)
-        if to_bias is not None:
-            of_bias.add(to_bias, begin, end, first_rows)
+            of_weight.add(to_weight, begin)
+        if to_bias is not None and self.of_bias is not None:
+            self.of_bias.add(to_bias, begin)
         if to_features is None:
-            return None
+            return
+        so_far, dtype = self.sums[at], ops.accumulation_dtype(x.dtype)
         if groups != layer.groups:
-            if of_features is None:
-                of_features = torch.zeros_like(x, dtype=ops.accumulation_dtype(x.dtype))
-            of_features[:, inputs].add_(to_features)
-            return of_features
-        if of_features is None:
-            return to_features if len(self.plan.channels) == 1 else to_features.to(ops.accumulation_dtype(x.dtype))
-        return of_features.add_(to_features)
+            if so_far is None:
+                so_far = self.sums[at] = torch.zeros_like(x, dtype=dtype)
+            so_far[:, inputs].add_(to_features)
+        elif so_far is None:
+            self.sums[at] = to_features if len(self.plan.channels) == 1 else to_features.to(dtype)
+        else:
+            so_far.add_(to_features)
 
 
 class Arranged:

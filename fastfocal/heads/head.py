@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from fastfocal import checks
 from fastfocal.checks import Levels, as_levels
@@ -26,7 +28,7 @@ class Head:
 
 
 def head_of(module: nn.Module | Sequence[nn.Module], chunk_bytes: ChunkBytes) -> Head:
-    """Of one module for all levels, or of one for each.
+    """Of one module for all levels, or of one for each. Hooks of all modules do not run for it: a warning.
 
     Raises:
         TypeError, ValueError: there is something in it that would not be computed.
@@ -37,6 +39,10 @@ def head_of(module: nn.Module | Sequence[nn.Module], chunk_bytes: ChunkBytes) ->
         raise ValueError("head: expected a layer, or one for each level; got an empty sequence")
     names = [f"head[{i}]" if many else "head" for i in range(len(modules))]
     layers = [layer_of(name, m) for name, m in zip(names, modules, strict=True)]
+    if torch_module._has_any_global_hook():  # a profiler's or a logger's as a rule, so that an error would be too much
+        warnings.warn(
+            "fastfocal: hooks registered for all modules do not run for the head, as it is not called", stacklevel=4
+        )
     for name, m, layer in zip(names, modules, layers, strict=True):
         if layer != layers[0] or (m.bias is None) != (modules[0].bias is None):
             raise ValueError(f"{name}: expected a layer like that of level 0, {modules[0]}; got {m}")

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from fastfocal import checks, ops
 from fastfocal.autograd import below_autograd, graph_is_kept
 from fastfocal.checks import Levels, as_levels, shape
-from fastfocal.heads.compute import HeadCall, Wanted, compute
+from fastfocal.heads.compute import HeadCall, compute
 from fastfocal.heads.head import ChunkBytes, Head
 from fastfocal.heads.layers import Linear
 from fastfocal.heads.operator import arguments_of
@@ -43,9 +43,10 @@ def head_loss(
             'reduction: "none" gives a loss for each logit, and here there are none; expected "sum", "level", "image" or "mean"'
         )
     levels = read_features(inputs.logits, head)
-    chunk = tile_bytes(check_chunk_bytes(head.chunk_bytes), levels[0].device)
+    chunk_bytes = check_chunk_bytes(head.chunk_bytes)
     check_parameters(levels, head)
     dtype = computed_dtype(levels, head)
+    chunk = tile_bytes(chunk_bytes, levels[0].device, dtype)
     refuse_transforms([*levels, *head.weights, *head.biases])
     given = inputs.logits if isinstance(inputs.logits, Tensor) else inputs.logits[0]
     pyramid = pyramid_of(levels, given, head, dtype, options.num_classes)
@@ -70,8 +71,8 @@ def head_loss(
             losses = HeadLossFunction.apply(call, sizes, recompute, *tensors)
         else:
             with torch.no_grad():
-                wanted = Wanted(*sizes.split([False] * len(tensors)))
-                losses, _ = compute(call, *sizes.parts(tensors), wanted, [dtype] * len(levels))
+                wanted = sizes.split([False] * len(tensors))
+                losses, _ = compute(call, sizes.parts(tensors), wanted, sizes.kept(tensors))
         return reduced(losses, known.reduction, dtype, factor)
 
 
@@ -259,8 +260,8 @@ class HeadLossFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: HeadCall, sizes: Sizes, recompute: bool, *tensors: Tensor) -> Tensor:
-        wanted = Wanted(*sizes.split([need and not recompute for need in ctx.needs_input_grad[3:]]))
-        losses, found = compute(call, *sizes.parts(tensors), wanted, [t.dtype for t in tensors[: sizes.levels]])
+        wanted = sizes.split([need and not recompute for need in ctx.needs_input_grad[3:]])
+        losses, found = compute(call, sizes.parts(tensors), wanted, sizes.kept(tensors))
         ctx.sizes, ctx.dtypes, ctx.call = sizes, [t.dtype for t in tensors], None
         if recompute:
             ctx.call = call.changed(options=call.options.without_tensors(), divisor=None)
@@ -268,7 +269,7 @@ class HeadLossFunction(torch.autograd.Function):
         else:
             # Saved, not kept on ctx: autograd then drops our reference before it hands the gradient on, and a leaf takes it
             # without a copy.
-            ctx.save_for_backward(*found.features, *found.weights, *found.biases)
+            ctx.save_for_backward(*found)
         return losses
 
     @staticmethod
@@ -311,7 +312,7 @@ def recomputed(ctx: Any, incoming: Tensor) -> list[Tensor | None]:
     tensors, others = saved[:count], saved[count:]
     call: HeadCall = ctx.call
     call = call.changed(options=call.options.with_tensors(others[:-1]), divisor=others[-1])
-    wanted = Wanted(*sizes.split(list(ctx.needs_input_grad[3:])))
+    wanted = sizes.split(ctx.needs_input_grad[3:])
     with without_autocast(tensors[0].device), below_autograd():
-        _, found = compute(call, *sizes.parts(tensors), wanted, ctx.dtypes[: sizes.levels], incoming)
-    return [*found.features, *found.weights, *found.biases]
+        _, found = compute(call, sizes.parts(tensors), wanted, sizes.split(ctx.dtypes), incoming)
+    return list(found)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfocal import ops
-from fastfocal.heads.compute import HeadCall, Wanted, compute
+from fastfocal.heads.compute import HeadCall, compute
 from fastfocal.heads.layers import Conv, Layer, Linear
 from fastfocal.heads.sizes import Sizes, without_autocast
 from fastfocal.ops import OperatorOptions
@@ -53,20 +53,17 @@ def run(arguments: Sequence[Any], incoming: Tensor | None = None) -> tuple[Tenso
         s, t, p, q, d, e, groups = numbers
         layer = Conv((s, t), (p, q), (d, e), groups)
     call = HeadCall(layer, options, options.divisor, bytes_of_tile, whole_anchors)
-    wanted = Wanted(*sizes.split([bool(flag) for flag in needs_grad]))
+    wanted = sizes.split([bool(flag) for flag in needs_grad])
     with without_autocast(tensors[0].device):
-        losses, found = compute(call, *sizes.parts(tensors), wanted, [t.dtype for t in tensors[:levels]], incoming)
-    gradients = [*found.features, *found.weights, *found.biases]
-    return losses, [as_promised(g, p) for g, p in zip(gradients, promised(tensors, levels, needs_grad), strict=True)]
+        losses, found = compute(call, sizes.parts(tensors), wanted, sizes.kept(tensors), incoming)
+    return losses, [as_promised(g, p) for g, p in zip(found, promised(tensors, sizes, needs_grad), strict=True)]
 
 
-def promised(tensors: list[Tensor], levels: int, needs_grad: list[int]) -> list[Tensor]:
-    """Memory for the gradients, of those wanted; weights' and biases' stay in the accumulation dtype until they are scaled."""
+def promised(tensors: list[Tensor], sizes: Sizes, needs_grad: list[int]) -> list[Tensor]:
+    """Memory for the gradients, of those wanted."""
     return [
-        torch.empty_like(t, dtype=t.dtype if i < levels else ops.accumulation_dtype(t.dtype))
-        if need
-        else t.new_empty(0)
-        for i, (t, need) in enumerate(zip(tensors, needs_grad, strict=True))
+        torch.empty_like(t, dtype=dtype) if need else t.new_empty(0)
+        for t, dtype, need in zip(tensors, sizes.kept(tensors), needs_grad, strict=True)
     ]
 
 
@@ -87,9 +84,9 @@ def head_loss_backward(incoming: Tensor, *arguments: Any) -> list[Tensor]:
 
 
 def head_loss_shapes(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
-    tensors, levels, needs_grad = arguments[0], arguments[1], arguments[-1]
+    tensors, levels, weights, dtype, needs_grad = *arguments[:4], arguments[-1]
     losses = tensors[0].new_empty((levels, tensors[0].shape[0]), dtype=torch.float64)
-    return losses, promised(tensors, levels, needs_grad)
+    return losses, promised(tensors, Sizes(levels, weights, dtype), needs_grad)
 
 
 def head_loss_backward_shapes(incoming: Tensor, *arguments: Any) -> list[Tensor]:

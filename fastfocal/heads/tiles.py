@@ -22,8 +22,10 @@ import torch
 
 MIB = 2**20
 
-# Bytes of a tile's logits where the caller leaves it open (measured: benchmarks/README.md, "Fused heads").
+# Bytes of a tile's logits where the caller leaves it open, by device (measured: docs/notes/heads.md).
 AUTO_BYTES = {"cpu": 32 * MIB, "cuda": 32 * MIB}
+# On the CPU with numbers of 16 bits: as many of them. Convolutions work in float32 there, in as much memory again.
+AUTO_BYTES_OF_16_BITS = 16 * MIB
 
 
 class Channels(NamedTuple):
@@ -76,8 +78,11 @@ class Plan:
                 yield i, rows, j, channels
 
 
-def tile_bytes(chunk_bytes: int | str, device: torch.device) -> int:
-    return AUTO_BYTES.get(device.type, 32 * MIB) if isinstance(chunk_bytes, str) else chunk_bytes
+def tile_bytes(chunk_bytes: int | str, device: torch.device, dtype: torch.dtype) -> int:
+    if not isinstance(chunk_bytes, str):
+        return chunk_bytes
+    most = AUTO_BYTES.get(device.type, 32 * MIB)
+    return min(most, AUTO_BYTES_OF_16_BITS) if device.type == "cpu" and dtype.itemsize == 2 else most
 
 
 def plan(size: LevelSize, numbers: int) -> Plan:
