@@ -303,6 +303,7 @@ struct CheckedLogits {
   std::vector<Facts> facts;
   std::vector<Level> levels;
   int64_t images, anchors = 0;  // anchors of all levels and images
+  int64_t columns = 0;          // of an image
   ScalarType dtype, accumulation;
 
   CheckedLogits(const Tensors& logits, int64_t classes) {
@@ -321,7 +322,9 @@ struct CheckedLogits {
       FASTFOCAL_EXPECT(level.images() <= INT32_MAX, name, "less than 2^31 images, got shape ", level.shape());
       check_memory(name, level, first);
       levels.back().first_anchor = anchors;
+      levels.back().first_score = columns;
       anchors += level.images() * levels.back().anchors;
+      columns += levels.back().anchors;
     }
     images = facts[0].images();
     dtype = facts[0].dtype;
@@ -329,5 +332,19 @@ struct CheckedLogits {
     dtype_of(dtype);
   }
 };
+
+// Scores lie as the packed labels, or they are the caller's rows: of each image those of all levels, in the caller's order.
+inline bool are_rows(const Tensor& scores) { return scores.dim() == 2; }
+inline void check_scores(const Tensor& scores, const CheckedLogits& logits) {
+  const Argument name = {"scores"};
+  if (!are_rows(scores)) return check_operand(name, scores, logits.facts[0], logits.accumulation, logits.anchors);
+  const Facts t(scores);
+  check_dtype(name, t, logits.accumulation);
+  FASTFOCAL_EXPECT(t.sizes[0] == logits.images && t.sizes[1] == logits.columns, name, "shape (", logits.images, ", ",
+                   logits.columns, "), or as many numbers in one dimension, got ", t.shape());
+  FASTFOCAL_EXPECT(t.strides[1] == 1 || t.sizes[1] <= 1, name, "rows side by side, got strides (", t.strides[0], ", ",
+                   t.strides[1], ")");
+  check_memory(name, t, logits.facts[0]);
+}
 
 }  // namespace fastfocal

@@ -32,10 +32,12 @@ struct KernelParams {
   int32_t first_class;     // the packed label of the logits' class 0: they may be some of an anchor's classes
   bool wide_soft_targets;  // float targets beside 16-bit logits
   // Accumulation type: float, or double for float64 logits.
-  const void* scores;         // as the packed labels, of positives; null: 1
+  const void* scores;         // of positives; null: 1
   const void* anchor_weight;  // as the packed labels; null: 1
   const void* class_weights;  // [2][K], of positives and of negatives; null: the two numbers below
   double positive_weight, negative_weight;
+  bool scores_are_rows;  // of each image, of all levels in the caller's order; else as the packed labels
+  int64_t score_image_stride;
   const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored; null: nowhere
   int64_t mask_image_stride, mask_class_stride;
   LossParams loss;
@@ -126,10 +128,14 @@ FASTFOCAL_HD int packed_label_at(const KernelParams& params, int64_t anchor) {
   return label_within(label, params.first_class, params.levels.classes.divisor);
 }
 
-// An anchor's score, read where it is positive.
+// The score of an image's anchor, read where it is positive: few are, so that finding it may take some instructions.
 template <class S>
-FASTFOCAL_HD S score_of(const KernelParams& params, int64_t anchor) {
-  return params.scores == nullptr ? S(1) : static_cast<const S*>(params.scores)[anchor];
+FASTFOCAL_HD S score_of(const KernelParams& params, const Level& level, int64_t image, int64_t anchor) {
+  if (params.scores == nullptr) return S(1);
+  const int64_t at = params.scores_are_rows
+                         ? image * params.score_image_stride + level.first_score + anchor_position(level, anchor)
+                         : level.first_anchor + image * level.anchors + anchor;
+  return static_cast<const S*>(params.scores)[at];
 }
 
 // The mask of an image's classes, or null.
@@ -162,11 +168,20 @@ struct PackLabelsParams {
   int64_t chunks;
   void* packed_labels;
   int64_t* counts;  // [image][2]: positives, ignored; added to
-  bool wide_scores;
-  const void* scores;  // double when wide_scores, else float; as the packed labels
+  bool wide_scores, scores_are_rows;
+  int64_t score_image_stride;
+  const void* scores;  // double when wide_scores, else float; laid out as for KernelParams
   double* score_sums;  // [chunks], of positives; null: not wanted
   LabelLevel level[kMaxLevels];
 };
+
+// The score of the m-th label of an image, which is packed at `packed`.
+FASTFOCAL_HD double score_of_label(const PackLabelsParams& params, const LabelLevel& level, int64_t image, int64_t m,
+                                   int64_t packed) {
+  const int64_t at = params.scores_are_rows ? image * params.score_image_stride + level.first_score + m : packed;
+  return params.wide_scores ? static_cast<const double*>(params.scores)[at]
+                            : double(static_cast<const float*>(params.scores)[at]);
+}
 
 struct Chunk {
   int64_t index;

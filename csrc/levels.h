@@ -62,6 +62,7 @@ struct Level {
   const void* direction;     // of a second derivative, in the logits' order; null: 0
   void* along;               // the gradient times direction, elementwise, in the logits' order; null: not wanted
   int64_t first_anchor;      // position of this level's first anchor in the packed labels and in the weights
+  int64_t first_score;       // position of its first anchor among an image's scores, where these are the caller's rows
   int64_t anchors;           // M, anchors of an image
   int64_t image_logits;      // M * K
   Span tiles;

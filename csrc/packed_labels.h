@@ -49,8 +49,8 @@ inline int64_t chunks_of(int64_t anchors) { return (anchors + kChunkAnchors - 1)
 // The labels of one level.
 struct LabelLevel {
   const void* labels;
-  int64_t image_stride, anchor_stride;  // in elements
-  int64_t first_anchor, anchors;
+  int64_t image_stride, anchor_stride;         // in elements
+  int64_t first_anchor, first_score, anchors;  // as in Level
   Divisor per_cell;  // anchors of a cell where packed labels are written [a][cell] and labels are read [cell][a]; else 1
   int64_t cells;     // that many cells; all anchors where the order is kept
   Span chunks;

@@ -81,7 +81,7 @@ Again = tuple[tuple[Tensor, ...], OperatorOptions, Kept | None, list[int]]
 def versions_of(logits: tuple[Tensor, ...], options: OperatorOptions) -> list[int]:
     """Of the tensors that may be the caller's own; the other options are copies. An inference tensor has none."""
     versions = [t._version for t in logits]
-    for t in (options.divisor, options.class_mask, *(options.soft_targets or ())):
+    for t in (options.divisor, options.scores, options.class_mask, *(options.soft_targets or ())):
         if t is not None and not t.is_inference():
             versions.append(t._version)
     return versions
@@ -96,7 +96,7 @@ def what_again_reads(again: Again) -> tuple[list[Tensor], OperatorOptions]:
     logits, options, kept, versions = again
     now = versions_of(logits, options)
     if now != versions:
-        written = "logits" if now[: len(logits)] != versions[: len(logits)] else "targets, mask or normalizer"
+        written = "logits" if now[: len(logits)] != versions[: len(logits)] else "targets, scores, mask or normalizer"
         raise RuntimeError(
             f"fastfocal: {written} modified in place since the loss was computed; a second derivative (create_graph=True) is "
             "made of what they were"

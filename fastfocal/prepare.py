@@ -431,7 +431,12 @@ def read_per_anchor(name: str, plural: str, value: Levels, pyramid: Pyramid) -> 
 
 
 def read_scores(loss: Loss, scores: Levels, pyramid: Pyramid, soft: bool) -> Tensor:
+    """As the packed labels lie; where one tensor came for all levels, its rows (N, sum M) as they are, which takes no pass."""
     check_scores(loss, soft)
+    if isinstance(scores, Tensor) and scores.dtype == pyramid.accumulation_dtype:
+        (rows,) = read_anchors("scores", as_levels("scores", scores), True, pyramid)
+        if rows.stride(1) == 1 and not rows.is_inference():  # which nothing may keep for its backward
+            return rows
     return read_per_anchor("scores", "scores", scores, pyramid)
 
 

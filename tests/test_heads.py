@@ -398,7 +398,9 @@ def test_modules(backend: Backend, member: Member, kind: str, generator: torch.G
             if chunk is None:
                 loss = slow(logits_of(inputs), targets, normalizer=normalizer, **call)
             else:
-                loss = criterion.fused_with(head, inputs, targets, normalizer=normalizer, chunk_bytes=chunk, **call)
+                together = chunk > 300 and "scores" in call
+                given = {**call, "scores": torch.cat(call["scores"], 1)} if together else call
+                loss = criterion.fused_with(head, inputs, targets, normalizer=normalizer, chunk_bytes=chunk, **given)
             results.append([loss.detach(), *torch.autograd.grad(3 * loss, [*inputs, *head.parameters()])])
         for found in results[1:]:
             for got, want in zip(found, results[0], strict=True):

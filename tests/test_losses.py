@@ -20,6 +20,7 @@ import torch
 from cases import DTYPES, SIXTEEN_BIT, Backend, assert_close, leaves, move, same_bits, tolerance
 from oracle_losses import Element, Loss
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfocal
 from fastfocal import reference
@@ -467,6 +468,61 @@ def test_wrong_targets_and_scores() -> None:
             library.varifocal_loss(X, LABELS, num_classes=3, normalizer="scores")
         with pytest.raises(TypeError, match=r"^scores\[0\]: expected floating scores"):
             fastfocal.varifocal_loss(X, LABELS, num_classes=3, scores=LABELS)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute", "inplace"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("problem", SCORED, ids=str)
+def test_scores_of_all_levels_are_read_where_they_are(
+    backend: Backend, problem: Problem, dtype: torch.dtype, mode: str
+) -> None:
+    """One tensor, also of wider rows than these levels need, is not copied, and gives the bits of a list."""
+    levels, targets, options = small_problem(problem, dtype)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    scores = [s.to(backend.device, accumulation).flatten(1) for s in options.pop("scores")]
+    levels, targets = move(levels, backend.device), move(targets, backend.device)
+    together = torch.cat([*scores, scores[0]], 1)[:, : 24 + 8]
+    loss = getattr(fastfocal, problem.name)
+
+    def call(scores: Any, normalizer: str = "scores", grad_mode: str = mode) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in levels]
+        given = [x * 1 for x in leaves]  # a leaf is not written to
+        found = loss(given, targets, scores=scores, normalizer=normalizer, grad_mode=grad_mode, **options)
+        return [found.detach(), *torch.autograd.grad(found, leaves)]
+
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket.__name__ in ("cat", "copy_") and result.dtype == accumulation:
+                copies.append(func)
+            return result
+
+    with Copies():
+        got = call(together)
+    assert not copies
+    with Copies():
+        want = call(scores)
+    assert copies  # as a list has to be
+    assert all(map(same_bits, got, want))
+    for other in (
+        together.double() if accumulation == torch.float32 else together.float(),
+        together.t().contiguous().t(),
+    ):
+        again = call(other)
+        for a, b in zip(again, got, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
+            )  # scores rounded
+    with torch.inference_mode():
+        kept = together.clone()
+    assert all(map(same_bits, call(kept), got))
+    leaves = [x.clone().requires_grad_() for x in levels]
+    found = loss(leaves, targets, scores=together, grad_mode="recompute", **options)
+    together.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
 
 
 def test_sixteen_bit_logits_keep_their_scores_digits(backend: Backend) -> None:

@@ -159,6 +159,11 @@ SCORES: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
     ("dtype", Tensor.double, "scores: expected Float, got Double"),
     ("strided", lambda t: every_other(t), "scores: expected contiguous"),
     ("storage", resized, "scores: expected a storage of at least 272 bytes, got 0"),
+    ("rows_short", lambda t: t.view(2, 34)[:, :-1], r"scores: expected shape \(2, 34\), or as many .*got \(2, 33\)"),
+    ("rows_of_other_images", lambda t: t.view(4, 17), r"scores: expected shape \(2, 34\), .*got \(4, 17\)"),
+    ("rows_strided", lambda t: t.view(34, 2).t(), r"scores: expected rows side by side, got strides \(1, 2\)"),
+    ("rows_dtype", lambda t: t.view(2, 34).double(), "scores: expected Float, got Double"),
+    ("rows_storage", lambda t: resized(t.view(2, 34)), "scores: expected a storage of at least 272 bytes, got 0"),
 )
 
 

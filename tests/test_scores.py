@@ -141,6 +141,11 @@ class Problem:
             flat.append(x.reshape(-1))
         return torch.cat(flat)
 
+    def in_rows(self, per_level: list[Tensor]) -> Tensor:
+        """(N, M of all levels) in the caller's order, with other numbers between the rows."""
+        rows = torch.cat([x.reshape(self.size.images, -1) for x in per_level], dim=1)
+        return torch.cat([rows, torch.full_like(rows[:, :3], 7.0)], dim=1)[:, : rows.shape[1]]
+
     def labels(self) -> list[Tensor]:
         classes = self.size.classes
         return [
@@ -164,8 +169,10 @@ def draw(size: Size, layout: str, dtype: torch.dtype, generator: torch.Generator
     return problem
 
 
-def call(problem: Problem, loss: Scored, backend: Backend, *, scores: bool = True, **options: Any) -> Any:
-    """Loss and gradients, as the operators give them."""
+def call(
+    problem: Problem, loss: Scored, backend: Backend, *, scores: bool = True, rows: bool = False, **options: Any
+) -> Any:
+    """Loss and gradients, as the operators give them. rows: scores as the caller has them, else as the packed labels lie."""
     to = backend.device
     levels = [x.to(to) if x.device != to else x for x in problem.levels]
     count = len(levels)
@@ -180,7 +187,7 @@ def call(problem: Problem, loss: Scored, backend: Backend, *, scores: bool = Tru
         levels,
         packed,
         soft,
-        problem.packed(problem.scores).to(to) if scores and soft is None else None,
+        (problem.in_rows if rows else problem.packed)(problem.scores).to(to) if scores and soft is None else None,
         None if weight is None else problem.packed(weight).to(to),
         None,
         None if problem.mask is None else problem.mask.to(to),
@@ -221,6 +228,9 @@ def expect(problem: Problem, loss: Scored) -> Iterator[tuple[Array, Array]]:
 
 def check(problem: Problem, loss: Scored, backend: Backend, **options: Any) -> Any:
     losses, gradients = results = call(problem, loss, backend, **options)
+    if problem.soft is None:
+        again = call(problem, loss, backend, rows=True, **options)
+        assert all(same_bits(a, b) for a, b in zip([*losses, *gradients], [*again[0], *again[1]], strict=True))
     expected = list(expect(problem, loss))
     dtype = problem.levels[0].dtype
     # As cases.py promises; differences such as p - s are known to a rounding of their terms, at most the weight, 4.
@@ -414,10 +424,11 @@ def test_masks_over_soft_targets(backend: Backend, layout: str, generator: torch
 # --- counts -----------------------------------------------------------------------------------------------------------
 
 
-def count_scores(problem: Problem, backend: Backend, minimum: float = 1.0) -> tuple[Tensor, Tensor]:
+def count_scores(problem: Problem, backend: Backend, minimum: float = 1.0, rows: bool = False) -> tuple[Tensor, Tensor]:
     size, to = problem.size, backend.device
+    scores = (problem.in_rows if rows else problem.packed)(problem.scores).to(to)
     return ops.operators.pack_labels(  # type: ignore[no-any-return]
-        [x.to(to) for x in problem.labels()], [x.to(to) for x in problem.levels], problem.packed(problem.scores).to(to),
+        [x.to(to) for x in problem.labels()], [x.to(to) for x in problem.levels], scores,
         size.classes, size.classes, -1, ops.COUNT_SCORES, minimum,
     )  # fmt: skip
 
@@ -436,6 +447,7 @@ def test_the_sum_of_scores(
     assert total.item() == pytest.approx(max(1.0, want), rel=1e-14)  # float64, in another order
     assert torch.equal(packed.long().cpu(), problem.packed(problem.assigned))
     assert count_scores(problem, backend, 1e6)[1].item() == 1e6
+    assert same_bits(count_scores(problem, backend, rows=True)[1], total)
 
 
 def test_the_sum_of_no_scores_is_the_minimum(backend: Backend, generator: torch.Generator) -> None:

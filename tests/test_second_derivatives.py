@@ -931,7 +931,7 @@ def test_what_else_is_written_to_after_the_loss(backend: Backend, what: str, gen
     given = soft if what == "soft" else labels
     loss = focal_loss(inputs, given, num_classes=3, normalizer=normalizer, grad_mode="save")
     (soft[0] if what == "soft" else normalizer).mul_(2)
-    with pytest.raises(RuntimeError, match="targets, mask or normalizer modified in place"):
+    with pytest.raises(RuntimeError, match="targets, scores, mask or normalizer modified in place"):
         torch.autograd.grad(loss, inputs, create_graph=True)
     torch.autograd.grad(loss, inputs)
 

@@ -22,15 +22,14 @@ ChunkCount pack_run(const LabelRule rule, const L* labels, int64_t step, int64_t
   return {positives, ignored, invalid};
 }
 
-// Beside that: few are positive, so they are looked up afterwards. In the packed labels' order.
+// Beside that, of label m, m + per_cell, ...: few are positive, so they are looked up afterwards.
 template <class P>
-double sum_of_scores(const PackLabelsParams& params, int64_t first, const P* packed, int64_t count) {
+double sum_of_scores(const PackLabelsParams& params, const Chunk& chunk, int64_t m, const P* packed, int64_t count) {
+  const LabelLevel& level = params.level[chunk.level];
+  const int64_t first = packed - static_cast<const P*>(params.packed_labels), per_cell = level.per_cell.divisor;
   double sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (packed[i] < 0) continue;
-    sum += params.wide_scores ? static_cast<const double*>(params.scores)[first + i]
-                              : double(static_cast<const float*>(params.scores)[first + i]);
-  }
+  for (int64_t i = 0; i < count; ++i)
+    if (packed[i] >= 0) sum += score_of_label(params, level, chunk.image, m + i * per_cell, first + i);
   return sum;
 }
 
@@ -39,8 +38,7 @@ ChunkCount pack_runs(const PackLabelsParams& params, const Chunk& chunk) {
   const LabelLevel& level = params.level[chunk.level];
   const int64_t per_cell = level.per_cell.divisor, step = level.anchor_stride * per_cell;  // from a cell to the next
   const L* const labels = static_cast<const L*>(level.labels) + chunk.image * level.image_stride;
-  P* const all_packed = static_cast<P*>(params.packed_labels);
-  P* const packed = all_packed + level.first_anchor + chunk.image * level.anchors;
+  P* const packed = static_cast<P*>(params.packed_labels) + level.first_anchor + chunk.image * level.anchors;
   ChunkCount sum = {0, 0, 0};
   double scores = 0;
   // One anchor shape after another: its packed labels are one run.
@@ -53,7 +51,7 @@ ChunkCount pack_runs(const PackLabelsParams& params, const Chunk& chunk) {
     sum.positives += run.positives;
     sum.ignored += run.ignored;
     sum.invalid += run.invalid;
-    if (params.score_sums != nullptr && run.positives > 0) scores += sum_of_scores(params, to - all_packed, to, count);
+    if (params.score_sums != nullptr && run.positives > 0) scores += sum_of_scores(params, chunk, m, to, count);
   }
   if (params.score_sums != nullptr) params.score_sums[chunk.index] = scores;
   return sum;

@@ -36,11 +36,13 @@ struct FastTile {
   const T* x;  // the image's logits
   T* g;        // its gradient, or null
   Loss loss_fn;
-  float negative, positive;  // weight times scale, for the gradient
-  // The image's packed labels, and beside them its scores, or null: 1. Looked at only where the loss reads them.
-  const int16_t* all_labels;
-  int first_class;  // the label of the logits' class 0
+  float negative, positive;   // weight times scale, for the gradient
+  const int16_t* all_labels;  // the image's packed labels
+  int first_class;            // the label of the logits' class 0
+  // The image's scores, or null: 1. Looked at only where the loss reads them. With a step, that many belong to each of `cells`
+  // cells, whose labels lie [score_step][cells]; else they lie as the labels.
   const float* scores;
+  int64_t score_step, cells;
   Sum negatives, many_positives;
   double positives = 0;
 
@@ -73,10 +75,16 @@ struct FastTile {
 
   // Of the anchor with this label, and of it and those after it.
   float score_of(const int16_t* label) const {
-    return !Loss::kScores || scores == nullptr ? 1.0f : scores[label - all_labels];
+    if (!Loss::kScores || scores == nullptr) return 1.0f;
+    const int64_t m = label - all_labels;
+    return scores[score_step == 1 ? m : m % cells * score_step + m / cells];
   }
   Vec scores_of(const int16_t* label) const {
-    return !Loss::kScores || scores == nullptr ? Vec(1.0f) : load(scores + (label - all_labels));
+    if (!Loss::kScores || scores == nullptr) return Vec(1.0f);
+    if (score_step == 1) return load(scores + (label - all_labels));
+    float of_labels[kLanes];
+    for (int i = 0; i < kLanes; ++i) of_labels[i] = score_of(label + i);
+    return load(of_labels);
   }
 
   void logarithms(const float* exponential, int n, float* logarithm) const {
@@ -365,7 +373,15 @@ void fast_tile(const KernelParams& params, const Tile& tile, const Loss& loss_fn
   const int16_t* labels = static_cast<const int16_t*>(params.packed_labels) + first_anchor;
   work.all_labels = labels;
   work.first_class = params.first_class;
-  work.scores = params.scores == nullptr ? nullptr : static_cast<const float*>(params.scores) + first_anchor;
+  work.scores = static_cast<const float*>(params.scores);
+  work.score_step = 1;
+  if (work.scores != nullptr && params.scores_are_rows) {
+    work.scores += tile.image * params.score_image_stride + level.first_score;
+    work.cells = level.cells.divisor;
+    if (level.layout == Layout::kClassFirst) work.score_step = level.anchors / work.cells;
+  } else if (work.scores != nullptr) {
+    work.scores += first_anchor;
+  }
   const int classes = int(params.levels.classes.divisor);
   if (level.layout == Layout::kClassFirst) {
     work.class_first(labels, classes, level.cells.divisor, tile.begin, tile.end);

@@ -67,7 +67,9 @@ class Gather {
         map_(params.levels, tile),
         scale_(scale),
         rows_(map_.layout == Layout::kClassLast && map_.classes.divisor > 1),
-        anchor_base_(params.levels.level[tile.level].first_anchor + tile.image * params.levels.level[tile.level].anchors),
+        level_(params.levels.level[tile.level]),
+        image_(tile.image),
+        anchor_base_(level_.first_anchor + tile.image * level_.anchors),
         mask_(class_mask_of(params, tile.image)) {}
 
   // Elements [offset, offset + n) of the tile. The block holds what was gathered before them, or nothing.
@@ -115,7 +117,7 @@ class Gather {
   void mark_positive(int64_t anchor, int k, int at, Block<S>* block) const {
     block->target[at] = 1;
     block->positive[at] = weight_of(anchor) * positive_weight<S>(params_, k);
-    block->score[at] = score_of<S>(params_, anchor);
+    block->score[at] = score_of<S>(params_, level_, image_, anchor - anchor_base_);
     block->any_positive = true;
   }
 
@@ -182,7 +184,8 @@ class Gather {
   const TileMap map_;
   const S scale_;
   const bool rows_;  // a run of elements is an anchor's classes; else a class' anchors, as with a single class
-  const int64_t anchor_base_;
+  const Level& level_;
+  const int64_t image_, anchor_base_;
   const uint8_t* const mask_;  // the image's, or null
 };
 

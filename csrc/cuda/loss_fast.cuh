@@ -244,7 +244,7 @@ struct FastThread {
   __device__ __forceinline__ float score_at(uint32_t offset) const {
     if constexpr (!Loss::kScores) return 1.0f;
     const Level& level = params->levels.level[work->tile.level];
-    return score_of<float>(*params, level.first_anchor + work->tile.image * level.anchors + work->map.at(offset).anchor);
+    return score_of<float>(*params, level, work->tile.image, work->map.at(offset).anchor);
   }
 
   // Adds the losses of kCount logits x, which come from p, at `offset` in the tile, and makes their gradient of them. Every tile's logits go through

@@ -46,7 +46,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
       } else {
         const int label = packed_label_at(params, anchor);
         ignored |= label == kIgnored;
-        t = label == place.k ? loss_fn.positive(x, Loss::kScores ? score_of<S>(params, anchor) : S(1)) : loss_fn.negative(x);
+        t = label == place.k
+                ? loss_fn.positive(x, Loss::kScores ? score_of<S>(params, level, tile.image, place.anchor) : S(1))
+                : loss_fn.negative(x);
         weight *= label == place.k ? positive : negative;
       }
       const S loss = ignored ? S(0) : weigh(t.loss, weight);

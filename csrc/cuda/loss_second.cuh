@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
           d = loss_fn.second_soft(x, y);
           weight *= Loss::soft_weight(y, positive, negative);
         } else {
-          d = label == place.k ? loss_fn.second_positive(x, score_of<S>(params, anchor)) : loss_fn.second_negative(x);
+          d = label == place.k ? loss_fn.second_positive(x, score_of<S>(params, level, tile.image, place.anchor))
+                               : loss_fn.second_negative(x);
           weight *= label == place.k ? positive : negative;
         }
         const S grad = d.grad * weight;

@@ -22,9 +22,7 @@ __global__ void __launch_bounds__(kThreads) pack_labels_kernel(const __grid_cons
       positives += is_positive(params.rule, packed);
       ignored += packed == kIgnored;
       const int64_t at = base + packed_position(level, m);
-      if (params.score_sums != nullptr && packed >= 0)
-        scores += params.wide_scores ? static_cast<const double*>(params.scores)[at]
-                                     : double(static_cast<const float*>(params.scores)[at]);
+      if (params.score_sums != nullptr && packed >= 0) scores += score_of_label(params, level, chunk.image, m, at);
       if (params.wide_labels) {
         static_cast<int32_t*>(params.packed_labels)[at] = int32_t(packed);
       } else {

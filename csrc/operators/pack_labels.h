@@ -24,16 +24,14 @@ struct PackLabels {
     FASTFOCAL_CHECK(minimum >= 0, "minimum: expected a number >= 0, got ", minimum);
     const Count what = static_cast<Count>(count);
     FASTFOCAL_CHECK(scores || what != Count::kScores, "scores: expected a tensor, as their sum is wanted");
-    if (scores) check_operand({"scores"}, *scores, checked.facts[0], checked.accumulation, checked.anchors);
-    int64_t columns = 0;
-    for (const Level& level : checked.levels) columns += level.anchors;
+    if (scores) check_scores(*scores, checked);
     std::vector<Facts> labelled;
     labelled.reserve(labels.size());
     for (size_t l = 0; l < labels.size(); ++l) {
       const Argument name = {"labels", static_cast<int64_t>(l)};
       labelled.emplace_back(labels[l]);
       const Facts& t = labelled.back();
-      const int64_t expected = one ? columns : checked.levels[l].anchors;
+      const int64_t expected = one ? checked.columns : checked.levels[l].anchors;
       check_dtype(name, t, labelled[0].dtype);
       FASTFOCAL_EXPECT(t.dim == 2 && t.sizes[0] == images && t.sizes[1] == expected, name, "shape (", images, ", ", expected,
                        "), got ", t.shape());
@@ -59,7 +57,11 @@ struct PackLabels {
     params.packed_labels = out.mutable_data_ptr();
     params.counts = static_cast<int64_t*>(counts.data());
     params.wide_scores = checked.accumulation == ScalarType::Double;
-    params.scores = scores ? scores->const_data_ptr() : nullptr;
+    if (scores) {
+      params.scores = scores->const_data_ptr();
+      params.scores_are_rows = are_rows(*scores);
+      params.score_image_stride = params.scores_are_rows ? scores->stride(0) : 0;
+    }
     int64_t column = 0;
     for (size_t start = 0; start < logits.size(); start += kMaxLevels) {
       params.first_level = static_cast<int32_t>(start);
@@ -76,6 +78,7 @@ struct PackLabels {
         part.image_stride = t.strides[0];
         part.anchor_stride = t.strides[1];
         part.first_anchor = level.first_anchor;
+        part.first_score = level.first_score;
         part.anchors = level.anchors;
         part.cells = static_cast<int64_t>(cells);
         // Class first, the packed labels of a cell's anchors lie apart: [a][cell].

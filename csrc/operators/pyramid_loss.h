@@ -59,7 +59,7 @@ struct Checked : CheckedLogits {
       FASTFOCAL_CHECK(facts_of(loss.kind).reads_scores, "scores: expected none, as loss ", static_cast<int64_t>(loss.kind),
                       " does not read them");
       FASTFOCAL_CHECK(!soft, "scores: expected none beside soft_targets");
-      check_operand({"scores"}, *options.scores, first, accumulation, anchors);
+      check_scores(*options.scores, *this);
     }
     if (options.class_mask) {
       FASTFOCAL_CHECK(!takes_anchors(loss.kind), "class_mask: expected none, as loss ", static_cast<int64_t>(loss.kind),
@@ -267,7 +267,11 @@ struct PyramidLoss : private NewTensors<Device> {
     params.wide_labels = o.packed_labels && o.packed_labels->scalar_type() == ScalarType::Int;
     params.first_class = static_cast<int32_t>(o.first_class);
     params.wide_soft_targets = !o.soft_targets.empty() && o.soft_targets[0].scalar_type() != checked.dtype;
-    params.scores = o.scores ? o.scores->const_data_ptr() : nullptr;
+    if (o.scores) {
+      params.scores = o.scores->const_data_ptr();
+      params.scores_are_rows = are_rows(*o.scores);
+      params.score_image_stride = params.scores_are_rows ? o.scores->stride(0) : 0;
+    }
     if (o.class_mask) {
       params.class_mask = static_cast<const uint8_t*>(o.class_mask->const_data_ptr());
       params.mask_image_stride = o.class_mask->stride(0);

@@ -276,6 +276,10 @@ class Arranged:
 
     def of_level(self, flat: Tensor) -> Tensor:
         """(N, A, cells)"""
+        if flat.dim() == 2:  # the caller's scores: rows of all levels, [cell][a]
+            first = self.start // max(1, self.images)
+            rows = flat[:, first : first + self.anchors * self.cells]
+            return rows.unflatten(1, (self.cells, self.anchors)).transpose(1, 2)
         of_level = flat[self.start : self.start + self.images * self.anchors * self.cells]
         return of_level.view(self.images, self.anchors, self.cells)
 
