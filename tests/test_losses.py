@@ -111,7 +111,7 @@ def elements(problem: Problem, level: Tensor, targets: Tensor, **options: Any) -
 def hold(problem: Problem, found: tuple[Tensor, Tensor], want: Element, weight: Any, dtype: torch.dtype) -> None:
     # Weights of the two classes: one rounding more.
     flushed = 1.0 if not is_activated(problem) else 1e12  # of binary_cross_entropy's derivative
-    for got, value, bound in zip(found, want[:2], want[2:], strict=True):
+    for got, value, bound in zip(found, want[:2], want[2:4], strict=True):
         assert_close(got, value * weight, 1.0, magnitude=bound * weight, flushed=flushed)
 
 
@@ -264,7 +264,7 @@ def test_the_reference_is_the_oracle(problem: Problem) -> None:
     # It subtracts from 1 what is 6e-6 short of it, at worst; and the 1e-12 in torch's binary_cross_entropy is a float32's.
     want = problem.oracle.dense(exact, s, relative=1e-8)
     weight = np.where(s > 0, 1.0, problem.negative_weight)
-    for got, value, bound in zip((loss.detach(), gradient), want[:2], want[2:], strict=True):
+    for got, value, bound in zip((loss.detach(), gradient), want[:2], want[2:4], strict=True):
         with np.errstate(invalid="ignore"):
             error = np.abs(got.numpy() - value * weight)
         assert ((got.numpy() == value * weight) | (error <= bound * weight + 1e-15)).all()

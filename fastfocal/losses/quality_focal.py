@@ -54,9 +54,12 @@ class QualityFocalLoss(Loss):
 
 
 def power_of_distance(distance: Tensor, beta: float) -> Tensor:
-    """|distance|^beta, with derivative 0 where it is 0: there the derivative of a power less than 1 is infinite."""
+    """|distance|^beta, with derivatives 0 where it is 0: there the first one of a power less than 1, and the second one of a
+    power less than 2, is infinite."""
     if beta == 0:
         return torch.ones_like(distance)
+    if beta == 2:  # its second derivative is not 0 there, but torch's of |distance| is
+        return distance.square()
     met = distance == 0
     return torch.where(met, 0.0, torch.where(met, 1.0, distance).abs().pow(beta))
 
