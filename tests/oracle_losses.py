@@ -301,7 +301,13 @@ def asymmetric_negative(
             power = np.where(m > 0, _power(m, gamma_neg), 0)
             bent = np.where(m > 0, (gamma_neg - 1) * p * q / m, 0)
         # Each beside what it is multiplied by: 1, or q - p, a difference of two rounded numbers whose sum is 1.
-        return [power * slope**2, power * slope, power * falling * 2 * slope, power * falling * log, power * falling * bent * log]
+        return [
+            power * slope**2,
+            power * slope,
+            power * falling * 2 * slope,
+            power * falling * log,
+            power * falling * bent * log,
+        ]
 
     # 1 - m is (1 - p) + clip, more exact than m where that is near 1.
     v = np.minimum(q + clip_, 1)

@@ -207,7 +207,6 @@ def test_quality_focal_loss_of_probabilities_is_torchs(beta: float) -> None:
         assert ((ours == theirs) | (error <= bound)).all()
 
 
-
 def test_limits() -> None:
     """At infinity the loss has its limit and the gradient is finite; -inf costs a negative nothing; NaN stays NaN."""
     x = np.array([np.inf, -np.inf, np.nan])
