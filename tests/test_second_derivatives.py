@@ -544,7 +544,7 @@ def test_class_masks(backend: Backend, name: str, targets: str, layout: str, gen
 
 
 def test_a_loss_without_second_derivatives_says_so(backend: Backend) -> None:
-    """One that takes an anchor's classes together; so would a new loss without a formula for them."""
+    """One that takes an anchor's classes together; CONTRIBUTING's new loss, without a formula for them, is tested there."""
     x = torch.randn(1, 4, 3).to(backend.device).requires_grad_()
     labels = torch.zeros(4, dtype=torch.int16, device=backend.device)
     kind, parameters = SoftmaxFocalLoss.kind, [2.0, 0.0]

@@ -14,8 +14,8 @@
 //
 //     d2/dx2 = m^gamma_neg [Q' + gamma_neg R (2 Q + ((gamma_neg - 1) R + 1 - 2 p) L)] where m > 0, 0 elsewhere
 //
-// Terms have either sign, as has 1 - 2 p, the difference of 1 - p and p. Where m is 0, less than any normal number, it is 0 too,
-// whatever its limit from above.
+// Terms have either sign, as has 1 - 2 p, the difference of 1 - p and p. Where m is 0, at the clip too, it is 0 as the first one is,
+// and as autograd has it of a maximum, whatever its limit from above: that is not 0 for gamma_neg = 1, and infinite below.
 //
 // With detach_modulating_factor the powers are constants for the gradient: the terms with gamma in front are left out of it.
 // A soft target y mixes the two losses, y positive + (1 - y) negative.

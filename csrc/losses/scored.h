@@ -107,7 +107,7 @@ FASTFOCAL_HD Target<V> target_of(V exp_of_y, V y) {
 }
 
 // A loss with the focal loss's negative, for registry.h: such losses share their kernels, those of scored_focal.h, where a new one
-// has its positive in a switch.
+// has its positive, and the second derivative of that, in a switch.
 template <class S, Gamma kGamma, Accuracy kAccuracy = Accuracy::kFloat>
 struct ScoredFocal;
 
