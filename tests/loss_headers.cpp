@@ -13,10 +13,32 @@ static_assert(!LossList<FocalLoss, FocalLoss>::are_numbered_in_order());
 
 namespace FASTFOCAL_ISA {
 
-enum How { kNegative, kNegativeInSteps, kPositive, kSoft, kSoftInSteps, kSoftWeight };
+enum How {
+  kNegative,
+  kNegativeInSteps,
+  kPositive,
+  kSoft,
+  kSoftInSteps,
+  kSoftWeight,
+  kSecondNegative,  // these give the gradient in the place of the loss, and the second derivative in that of the gradient
+  kSecondPositive,
+  kSecondSoft
+};
+
+template <class Loss, class V>
+Derivatives<V> evaluate_second(const Loss& loss, How how, V x, V y) {
+  if (how == kSecondNegative) return loss.second_negative(x);
+  return how == kSecondPositive ? loss.second_positive(x, y) : loss.second_soft(x, y);
+}
 
 template <class Loss, class V>
 Term<V> evaluate(const Loss& loss, How how, V x, V y) {
+  if constexpr (kHasSecond<Loss>) {
+    if (how >= kSecondNegative) {
+      const Derivatives<V> d = evaluate_second(loss, how, x, y);
+      return {d.grad, d.second};
+    }
+  }
   switch (how) {
     case kNegative:
       return loss.negative(x);

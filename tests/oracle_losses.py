@@ -5,9 +5,11 @@ score of a positive (its IoU, its quality) in [0, 1], y a target. Arrays of nump
 has: a difference such as p - s or 1 - s^gamma loses some.
 
 A derivative is the product rule, term by term. Where a difference in a formula is of two rounded numbers, a result can be no
-more exact than they are: for a relative error `relative` every function gives, beside loss and gradient, the absolute error
-that it comes to. Elsewhere that is the relative error times the value, or times the sum of the magnitudes of a derivative's
-terms.
+more exact than they are: for a relative error `relative` every function gives, beside the loss and its two derivatives, the
+absolute error that it comes to. Elsewhere that is the relative error times the value, or times the sum of the magnitudes of a
+derivative's terms.
+
+The second derivative is that of the gradient: what is a constant for the one is a constant for the other.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class Element(NamedTuple):
     gradient: Array
     loss_bound: Array
     gradient_bound: Array
+    second: Array
+    second_bound: Array
 
 
 def _sigmoid(x: Array) -> tuple[Array, Array]:
@@ -60,10 +64,6 @@ def _finite(x: Array) -> Array:
     return np.clip(x, -FAR, FAR)
 
 
-def _relative(loss: Array, gradient: Array, relative: float) -> Element:
-    return Element(loss, gradient, _bound(relative, loss), _bound(relative, gradient))
-
-
 def _bound(relative: float, value: Array) -> Array:
     """Of an infinite value nothing but infinity will do."""
     return _times(np.asarray(relative, dtype=value.dtype), np.abs(value))
@@ -78,8 +78,13 @@ def focal_negative(x: Array, *, gamma: float, detached: bool = False, relative: 
     loss = _times(_power(p, gamma), _softplus(x))
     x = _finite(x)
     p, q = _sigmoid(x)
-    falling = 0.0 if detached else gamma * q * _softplus(x)  # p^(gamma - 1) dp/dx is p^gamma (1 - p)
-    return _relative(loss, _power(p, gamma) * (p + falling), relative)
+    power, ce = _power(p, gamma), _softplus(x)
+    growth = 0.0 if detached else gamma * q  # p^(gamma - 1) dp/dx is p^gamma (1 - p)
+    gradient = power * (p + growth * ce)
+    # The derivative of `growth` is growth (growth - p), less what is counted with the other factor's.
+    mixed, bent = 2 * growth * p, growth * (gamma * q - p) * ce
+    second, size = power * (p * q + mixed + bent), power * (p * q + mixed + np.abs(bent))
+    return Element(loss, gradient, _bound(relative, loss), _bound(relative, gradient), second, relative * size)
 
 
 def focal_positive(x: Array, *, gamma: float, detached: bool = False, relative: float = 0.0) -> Element:
@@ -92,7 +97,10 @@ def cross_entropy(x: Array, t: Array, rest: Array, *, relative: float = 0.0) -> 
     """-t log p - (1 - t) log(1 - p), with rest = 1 - t; its derivative p - t is the difference of p (1 - t) and (1 - p) t."""
     loss = _times(t, _softplus(-x)) + _times(rest, _softplus(x))
     p, q = _sigmoid(x)
-    return Element(loss, p * rest - q * t, _bound(relative, loss), relative * (p * rest + q * t))
+    second = p * q * (t + rest)  # t + rest is 1, or NaN
+    return Element(
+        loss, p * rest - q * t, _bound(relative, loss), relative * (p * rest + q * t), second, relative * second
+    )
 
 
 # --- varifocal loss: Zhang et al. 2021, arXiv:2008.13367, equation 2 ---------------------------------------------------
@@ -107,31 +115,72 @@ def varifocal_positive(x: Array, s: Array, *, iou_weighted: bool = True, relativ
 # --- quality focal loss: Li et al. 2020, arXiv:2006.04388, equation 3 --------------------------------------------------
 
 
-def _modulated(
-    w: Array, sign: Array, noise: Array, beta: float, f: Array, slope: Array, size: Array, dw: Array, relative: float
-) -> Element:
-    """w^beta f and its derivative, where w = |distance| is known to `noise`, slope = f' to `relative` times `size`."""
-    loss = _times(_power(w, beta), f)
-    f = _finite(f)
+class _Distance(NamedTuple):
+    """w = |distance|, known to `noise`, and the sizes of its two derivatives; the second one has the sign of `turned`."""
 
-    def steep(w: Array) -> Array:  # beta w^(beta - 1) |dw| f, 0 at the cusp
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return (
-                np.where(w == 0, 0, beta * np.power(w, np.asarray(beta - 1, dtype=w.dtype)) * dw * f) if beta else 0 * w
-            )
+    w: Array
+    sign: Array
+    noise: Array
+    first: Array
+    second: Array
+    turned: Array
 
-    with np.errstate(invalid="ignore", over="ignore"):
-        gradient = _power(w, beta) * slope + sign * steep(w)
+
+class _Factor(NamedTuple):
+    """f, and its derivatives: the first is `steepness` times the distance, with terms of `size`. Where the second derivative
+    takes it, it is `again`."""
+
+    f: Array
+    steepness: Array
+    size: Array
+    second: Array
+    again: Array
+
+
+def _modulated(distance: _Distance, factor: _Factor, beta: float, relative: float) -> Element:
+    """w^beta f and its derivatives."""
+    w, sign, noise, dw, d2w, turned = distance
+    loss = _times(_power(w, beta), factor.f)
+    f = _finite(factor.f)
+    slope = factor.steepness * w * sign
+
+    def of_power(w: Array, beside: Array) -> Array:
+        """beta w^(beta - 1) beside; 0 at the cusp."""
+        return np.where(w == 0, 0, beta * _power(w, beta) * (beside / w))
+
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         low, high = np.maximum(w - noise, 0), w + noise
+        within = (w <= noise) & (noise > 0)
+
+        # By the product rule: of both factors, of the distance's curve, and of its power; a parabola has that at its cusp too.
+        def terms(w: Array) -> list[Array]:
+            bent = (beta - 1) * of_power(w, dw) * np.where(w == 0, 0, dw / w)
+            return [
+                _power(w, beta) * factor.second,
+                2 * beta * _power(w, beta) * dw * factor.again,
+                of_power(w, d2w) * f,
+                (np.where(w == 0, 2 * dw**2, bent) if beta == 2 else bent) * f,
+            ]
+
+        def steep(w: Array) -> Array:
+            return of_power(w, dw) * f
+
+        gradient = _power(w, beta) * slope + sign * steep(w)
         loss_bound = _bound(relative, loss) + _times(_power(high, beta) - _power(low, beta), f)
-        gradient_bound = relative * (_power(w, beta) * size + steep(w))
-        gradient_bound += (_power(high, beta) - _power(low, beta)) * size
+        gradient_bound = relative * (_power(w, beta) * factor.size + steep(w))
+        gradient_bound += (_power(high, beta) - _power(low, beta)) * factor.size
         # Either sign within the noise; for beta < 1 the derivative has no bound there, and may be any number.
         unknown = 2 * steep(high) if beta >= 1 else np.full_like(w, np.inf)
-        gradient_bound += np.where(
-            w > noise, np.abs(steep(high) - steep(low)), np.where(noise > 0, unknown, 0) if beta else 0
-        )
-    return Element(loss, gradient, loss_bound, gradient_bound)
+        gradient_bound += np.where(within, unknown, np.abs(steep(high) - steep(low))) if beta else 0
+
+        at = terms(w)
+        second = at[0] + at[1] + sign * turned * at[2] + at[3]
+        second_bound = relative * sum(np.abs(term) for term in at)
+        second_bound += sum(np.abs(a - b) for a, b in zip(terms(high), terms(low), strict=True))
+        # So it is for the second derivative below 2; at 2 and above only the third term has a sign.
+        if beta:
+            second_bound += np.where(within, 2 * terms(high)[2] if beta >= 2 else np.full_like(w, np.inf), 0)
+    return Element(loss, gradient, loss_bound, gradient_bound, second, second_bound)
 
 
 def quality_positive(x: Array, s: Array, *, beta: float = 2.0, relative: float = 0.0) -> Element:
@@ -142,7 +191,10 @@ def quality_positive(x: Array, s: Array, *, beta: float = 2.0, relative: float =
     distance = ce.gradient
     # A target that is met, 0 or 1, makes the distance a single number: nothing is subtracted.
     noise = np.where((s == 0) | (s == 1), 0, relative * size)
-    return _modulated(np.abs(distance), np.sign(distance), noise, beta, ce.loss, distance, size, p * q, relative)
+    one = np.ones_like(p)
+    # The derivative of p q is p q (q - p), a difference of two rounded numbers whose sum is 1.
+    of_distance = _Distance(np.abs(distance), np.sign(distance), noise, p * q, p * q, q - p)
+    return _modulated(of_distance, _Factor(ce.loss, one, size, ce.second, one), beta, relative)
 
 
 def _log_as_torch(v: Array) -> Array:
@@ -153,14 +205,19 @@ def _log_as_torch(v: Array) -> Array:
 
 def activated_quality_positive(p: Array, s: Array, *, beta: float = 2.0, relative: float = 0.0) -> Element:
     """The same of p itself, whose cross entropy is torch's binary_cross_entropy: logarithms of -100 at least, and
-    (p - s) / max(p (1 - p), 1e-12) for its derivative. Rounded, p - s has lost nothing that counts."""
+    (p - s) / max(p (1 - p), 1e-12) for its derivative. Its second derivative has 1e-12 added to p and to 1 - p, and so has the
+    first one in one of the two places where the second derivative of the product has it. Rounded, p - s has lost nothing that
+    counts."""
     p = np.where(np.isnan(p), p, np.clip(p, 0, 1))
     log_rest = np.where(p < 0.5, np.log1p(-np.minimum(p, 0.5)), _log_as_torch(1 - p))
     ce = -(s * _log_as_torch(p) + (1 - s) * log_rest)
     distance = p - s
-    slope = distance / np.maximum(p * (1 - p), 1e-12)
-    one = np.ones_like(p)
-    return _modulated(np.abs(distance), np.sign(distance), 0 * p, beta, ce, slope, np.abs(slope), one, relative)
+    steepness = 1 / np.maximum(p * (1 - p), 1e-12)
+    one, zero = np.ones_like(p), 0 * p
+    around = (p + 1e-12) * (1 - p + 1e-12)
+    curve, again = (s * (1 - p) ** 2 + (1 - s) * p**2) / around**2, (steepness + 1 / around) / 2
+    of_distance = _Distance(np.abs(distance), np.sign(distance), zero, one, zero, zero)
+    return _modulated(of_distance, _Factor(ce, steepness, steepness * np.abs(distance), curve, again), beta, relative)
 
 
 # --- matchability-aware loss: Huang et al. 2025 (DEIM), arXiv:2412.04234, equation 3 -----------------------------------
@@ -196,7 +253,7 @@ def gaussian(
     """(1 - p)^alpha -log p where y = 1, else (1 - y)^gamma p^alpha -log(1 - p), with p clamped to [eps, 1 - eps] as
     CenterNet, OpenPCDet and mmdet3d do it (torch.clamp: no gradient beyond)."""
     z = np.where(y == 1, -x, x)
-    inside = focal_negative(z, gamma=alpha)
+    inside = focal_negative(z, gamma=alpha, relative=relative)
     p, q = _sigmoid(z)
     low, high = p < eps, q < eps
     edge = np.asarray(eps, dtype=x.dtype)
@@ -205,8 +262,12 @@ def gaussian(
         loss = np.where(low, _power(edge, alpha) * -np.log1p(-edge), loss)
         loss = np.where(high, _power(1 - edge, alpha) * -np.log(edge), loss)
     factor = np.where(y == 1, 1, _power(1 - y, gamma))
-    gradient = np.where(low | high, 0, factor * inside.gradient)
-    return _relative(_times(factor, loss), np.where(y == 1, -gradient, gradient), relative)
+    loss = _times(factor, loss)
+    gradient, second, size = (
+        np.where(low | high, 0, factor * part) for part in (inside.gradient, inside.second, inside.second_bound)
+    )
+    bounds = _bound(relative, loss), _bound(relative, gradient)
+    return Element(loss, np.where(y == 1, -gradient, gradient), *bounds, second, size)
 
 
 # --- asymmetric loss: Ridnik et al. 2021, arXiv:2009.14119, equations 4 to 7 -------------------------------------------
@@ -232,15 +293,38 @@ def asymmetric_negative(
             falling = 0.0 if detached else gamma_neg * np.where(m > 0, -np.log1p(-m) / m, 1)
             return np.where(m > 0, _power(m, gamma_neg) * (falling + 1 / (1 - m)) * p * q, 0)
 
+    # With L = -log(1 - m) and dL/dx = pq / (1 - m): what m^gamma_neg leaves, and the terms in which its derivatives are.
+    def terms_of(m: Array) -> list[Array]:
+        slope = p * q / v
+        with np.errstate(divide="ignore", invalid="ignore"):
+            log, falling = -np.log1p(-m), np.where(m > 0, 0.0 if detached else gamma_neg * p * q / m, 0)
+            power = np.where(m > 0, _power(m, gamma_neg), 0)
+            bent = np.where(m > 0, (gamma_neg - 1) * p * q / m, 0)
+        # Each beside what it is multiplied by: 1, or q - p, a difference of two rounded numbers whose sum is 1.
+        return [
+            power * slope**2,
+            power * slope,
+            power * falling * 2 * slope,
+            power * falling * log,
+            power * falling * bent * log,
+        ]
+
     # 1 - m is (1 - p) + clip, more exact than m where that is near 1.
+    v = np.minimum(q + clip_, 1)
     m, noise = np.maximum(shifted, 0), relative * np.minimum(p, q + clip_)
     low, high = np.maximum(shifted - noise, 0), np.maximum(shifted + noise, 0)
-    loss, gradient = loss_of(m), gradient_of(m)
+    loss, gradient, terms = loss_of(m), gradient_of(m), terms_of(m)
+    second_bound = relative * sum(np.abs(term) for term in terms)
+    second_bound += sum(np.abs(a - b) for a, b in zip(terms_of(high), terms_of(low), strict=True))
+    if gamma_neg < 1:  # without bound next to the clip, where the noise may lead
+        second_bound = np.where((low == 0) & (high > 0), np.inf, second_bound)
     return Element(
         loss,
         gradient,
         relative * loss + loss_of(high) - loss_of(low),
         relative * gradient + np.abs(gradient_of(high) - gradient_of(low)),
+        terms[0] + (q - p) * (terms[1] + terms[3]) + terms[2] + terms[4],
+        second_bound,
     )
 
 

@@ -11,12 +11,14 @@ import pytest
 import test_formula
 import test_grad_modes
 import test_kernels
+import test_losses
 import test_options
 import test_scores
 import test_second_derivatives
 import torch
 from cases import FOUR_D, SIXTEEN_BIT, THREE_D, TWO_D, Backend, Size, run
 from cpu_isas import build
+from test_losses import Problem
 from watch import Recorder
 
 from fastfocal import ops
@@ -128,6 +130,21 @@ def test_accuracy_of_second_derivatives(backend: Backend, gamma: float) -> None:
     test_second_derivatives.test_accuracy_of_star(backend, torch.float32, gamma, 1.0)
 
 
+@pytest.mark.parametrize("problem", test_second_derivatives.OTHERS, ids=str)
+def test_accuracy_of_second_derivatives_of_the_other_losses(backend: Backend, problem: Problem) -> None:
+    for targets in ("labels", "soft"):
+        if targets == "soft" or problem in test_losses.OF_LABELS:
+            test_second_derivatives.test_accuracy_of_the_other_losses(backend, problem, targets, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", test_second_derivatives.OTHERS, ids=str)
+def test_limits_of_second_derivatives_of_the_other_losses(
+    backend: Backend, problem: Problem, dtype: torch.dtype
+) -> None:
+    test_second_derivatives.test_limits_of_the_other_losses(backend, problem, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", ("labels", "soft", "smoothed", "star"))
 @pytest.mark.parametrize("gamma", (0.5, 2.0, 1e4))
@@ -154,12 +171,15 @@ def test_options_of_second_derivatives(
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
 def test_ignored_anchors_of_second_derivatives(backend: Backend, bad: float, generator: torch.Generator) -> None:
-    test_second_derivatives.test_ignored_anchors_leave_no_trace(backend, bad, "contiguous", generator)
+    for name in test_second_derivatives.NAMES:
+        test_second_derivatives.test_ignored_anchors_leave_no_trace(backend, name, bad, "contiguous", generator)
 
 
 @pytest.mark.parametrize("dtype", list(SIXTEEN_BIT), ids=str)
 def test_sixteen_bit_second_derivatives(backend: Backend, dtype: torch.dtype, generator: torch.Generator) -> None:
-    test_second_derivatives.test_sixteen_bits_are_rounded_once(backend, "soft", dtype, generator)
+    for name in test_second_derivatives.NAMES:
+        for targets in ("labels", "soft"):
+            test_second_derivatives.test_sixteen_bits_are_rounded_once(backend, name, targets, dtype, generator)
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

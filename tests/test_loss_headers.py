@@ -100,6 +100,12 @@ HOWS = {
     "soft": How(3, "dense", True),
     "soft_in_steps": How(4, "dense", True),
 }
+# These give the gradient in the place of the loss, and the second derivative in that of the gradient.
+SECOND_HOWS = {
+    "negative": How(6, "negative", False),
+    "positive": How(7, "positive", True),
+    "soft": How(8, "dense", True),
+}
 SOFT_WEIGHT = 5
 
 SCORES = [0.0, 1e-6, 0.01, 0.05, 0.3, 0.5, 0.75, 1 - 2.0**-7, 1 - 1e-4, 1 - 2.0**-24, 1.0]
@@ -155,9 +161,18 @@ ANY, USUAL, SHARED_ANY, SHARED_USUAL = range(4)
 SHARED = ("varifocal", "quality_focal", "matchability_aware", "iou_aware_bce")
 
 
+def shares(case: tuple[str, tuple[float, ...]]) -> bool:
+    return case[0] in SHARED and not is_activated(case)
+
+
+def structs_with_second_derivatives(case: tuple[str, tuple[float, ...]]) -> list[int]:
+    """Where losses share a struct, it is that one which the kernels take."""
+    return [which for which in structs_of(case) if not shares(case) or which >= SHARED_ANY]
+
+
 def structs_of(case: tuple[str, tuple[float, ...]]) -> list[int]:
     """With the usual exponents a kernel may take either struct; four losses have one in common."""
-    structs = [ANY] + ([SHARED_ANY] if case[0] in SHARED and not is_activated(case) else [])
+    structs = [ANY] + ([SHARED_ANY] if shares(case) else [])
     return structs + [which + 1 for which in structs if KINDS[case[0]].is_fast(*case[1])]
 
 
@@ -211,6 +226,37 @@ def test_accuracy(isa: str, case: tuple[str, tuple[float, ...]]) -> None:
                 where = f"{width}, {name}, struct {which}"
                 hold(loss, want.loss, want.loss_bound + SMALLEST[torch_dtype], x, y, f"loss, {where}")
                 hold(gradient, want.gradient, want.gradient_bound + flushed, x, y, f"gradient, {where}")
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_accuracy_of_second_derivatives(isa: str, case: tuple[str, tuple[float, ...]]) -> None:
+    """And of the gradient that is computed beside it."""
+    for width, dtype in WIDTHS.items():
+        torch_dtype = torch.float64 if width == "double" else torch.float32
+        relative = tolerance(torch_dtype, KINDS[case[0]].gamma(*case[1]), options=False)
+        for name, how in SECOND_HOWS.items():
+            x, y, want = problem(case, name, dtype, relative)
+            flushed = SMALLEST[torch_dtype] * multiplied(case, x, y)
+            flushed_twice = SMALLEST[torch_dtype] * multiplied_twice(case, x, y)
+            for which in structs_with_second_derivatives(case):
+                gradient, second = evaluate(isa, width, case, how.number, x, y, which=which)
+                where = f"{width}, {name}, struct {which}"
+                hold(gradient, want.gradient, want.gradient_bound + flushed, x, y, f"gradient, {where}")
+                hold(second, want.second, want.second_bound + flushed_twice, x, y, f"second derivative, {where}")
+
+
+def multiplied_twice(case: tuple[str, tuple[float, ...]], x: Array, y: Array) -> Array | float:
+    """The same of the second derivative. What a modulating factor's exponent brings down multiplies it twice, and a cross
+    entropy does: of logits no more than 87."""
+    exponent = max(case[1], default=0.0)
+    if not is_activated(case):
+        return 1 + 87 * exponent**2
+    exact = (x.astype(np.longdouble), y.astype(np.longdouble))
+    plain = oracle_losses.quality_focal(0.0, activated=True).positive(*exact)  # the cross entropy
+    distance, variance = np.abs(exact[0] - exact[1]), exact[0] * (1 - exact[0])
+    of_power = exponent**2 * plain.loss / np.maximum(distance, 1e-38) ** 2
+    return 1 + plain.second + 2 * exponent / np.maximum(variance, 1e-12) + of_power
 
 
 def hold(got: Array, want: Array, bound: Array, x: Array, y: Array, what: str) -> None:
@@ -288,6 +334,28 @@ def test_limits(isa: str, case: tuple[str, tuple[float, ...]]) -> None:
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("case", CASES + HUGE, ids=name_of)
+def test_limits_of_second_derivatives(isa: str, case: tuple[str, tuple[float, ...]]) -> None:
+    """Both derivatives are finite, unless logit or target is NaN: then both are NaN."""
+    targets = [0, 1e-45, 1e-40, 1.2e-38, 1e-30, 1e-30 * (1 + 1e-7), 1e-6, 0.01, 0.5, 1 - 2.0**-24, 1, np.nan]
+    for width, dtype in WIDTHS.items():
+        for name, how in SECOND_HOWS.items():
+            x = far_logits(case, dtype)
+            y = np.array(targets if how.fills else [0.0], dtype=dtype)
+            x, y = np.tile(x, len(y)), np.repeat(y, len(x))
+            nan = np.isnan(x) | (np.isnan(y) & (name == "soft" or (name == "positive" and KINDS[case[0]].scores)))
+            for which in structs_with_second_derivatives(case):
+                found = evaluate(isa, width, case, how.number, x, y, which=which)
+                for derivative, what in zip(found, ("gradient", "second derivative"), strict=True):
+                    wrong = (np.isnan(derivative) != nan) | (np.isfinite(derivative) == nan)
+                    at = int(np.argmax(wrong))
+                    assert not wrong.any(), (what, width, name, which, x[at], y[at], derivative[at])
+                    if not how.fills:
+                        nothing = x == -np.inf
+                        assert nothing.any() and not derivative[nothing].any(), (what, width, which)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("case", [case for case in CASES if not is_activated(case)], ids=name_of)
 def test_infinite_logits_have_the_losss_limit(isa: str, case: tuple[str, tuple[float, ...]]) -> None:
     for width, dtype in WIDTHS.items():
@@ -304,6 +372,12 @@ def test_infinite_logits_have_the_losss_limit(isa: str, case: tuple[str, tuple[f
                 # 1e4 times a factor that is flushed
                 hold(loss, want.loss, want.loss_bound + 1e4 * least, x, y, f"loss, {width}, {name}")
                 hold(gradient, want.gradient, want.gradient_bound + 1e4 * least, x, y, f"gradient, {width}, {name}")
+        for name, how in SECOND_HOWS.items():
+            given = exact if how.fills else exact[:1]
+            want = getattr(oracle_of(case), how.oracle)(*given, relative=relative)
+            for which in structs_with_second_derivatives(case):
+                _, second = evaluate(isa, width, case, how.number, x, y, which=which)
+                hold(second, want.second, want.second_bound + 1e4 * least, x, y, f"second, {width}, {name}")
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -315,7 +389,7 @@ def test_probabilities_beyond_the_ends_count_as_the_ends(isa: str) -> None:
             for s in SCORES:
                 y = np.full(4, s, dtype=dtype)
                 for which in structs_of(case):
-                    for how in HOWS.values():
+                    for how in (*HOWS.values(), *SECOND_HOWS.values()):
                         found = evaluate(isa, width, case, how.number, x, y, which=which)
                         expected = evaluate(isa, width, case, how.number, ends, y, which=which)
                         np.testing.assert_array_equal(found, expected)

@@ -75,6 +75,7 @@ DENSE = [
         oracle_losses.asymmetric_loss(0.5, 2.0, 0.2),
     ),
 ]
+OF_LABELS = [*SCORED, *ACTIVATED, *(problem for problem in DENSE if problem.name == "asymmetric_loss")]
 every = pytest.mark.parametrize("problem", [*SCORED, *ACTIVATED, *DENSE], ids=str)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS)
@@ -112,54 +113,74 @@ def elements(problem: Problem, level: Tensor, targets: Tensor, **options: Any) -
 def hold(problem: Problem, found: tuple[Tensor, Tensor], want: Element, weight: Any, dtype: torch.dtype) -> None:
     # Weights of the two classes: one rounding more.
     flushed = 1.0 if not is_activated(problem) else 1e12  # of binary_cross_entropy's derivative
-    for got, value, bound in zip(found, want[:2], want[2:], strict=True):
+    for got, value, bound in zip(found, want[:2], want[2:4], strict=True):
         assert_close(got, value * weight, 1.0, magnitude=bound * weight, flushed=flushed)
 
 
-@every_layout
-@every_dtype
-@pytest.mark.parametrize("problem", [*SCORED, *ACTIVATED], ids=str)
-def test_accuracy_of_labels_and_scores(backend: Backend, problem: Problem, dtype: torch.dtype, layout: str) -> None:
+class Case(NamedTuple):
+    """Logits, their targets and what else the call takes; what each is to give, and the weight of its class."""
+
+    level: Tensor
+    targets: Tensor
+    options: dict[str, Any]
+    want: Element
+    weight: Any
+
+
+def labels_and_scores(backend: Backend, problem: Problem, dtype: torch.dtype, layout: str) -> Case:
     """Every logit as a negative of each class, then with every score as a positive of one class among negatives."""
     x = logits_of(problem, backend.sized(301, 41), dtype)
-    scores = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.75, 1 - 2.0**-24, 1.0], dtype=torch.float64)
+    scores = torch.tensor([0.0, 1e-6, 0.01, 0.3, 0.5, 0.75, 1 - 2.0**-24, 1.0], dtype=torch.float64)
     given = x.repeat(1 + len(scores))
     labels = torch.arange(len(given))[None] % CLASSES
     labels[:, : len(x)] = CLASSES
     score = torch.cat([torch.full((len(x),), math.nan, dtype=torch.float64), scores.repeat_interleave(len(x))])
     score = score.float() if dtype != torch.float64 else score
     level = with_classes(given, layout, backend.device)
-    found = elements(problem, level, labels.to(backend.device), scores=score[None].to(backend.device))
     is_positive = (labels == torch.arange(CLASSES)[:, None]).numpy()[None, :, None]
     exact = np.broadcast_to(given.double().numpy(), level.shape).astype(np.longdouble)
     s = np.nan_to_num(np.broadcast_to(score.double().numpy(), level.shape)).astype(np.longdouble)
     relative = tolerance(dtype, problem.gamma, options=problem.negative_weight != 1)
     yes, no = problem.oracle.positive(exact, s, relative=relative), problem.oracle.negative(exact, relative=relative)
     want = Element(*(np.where(is_positive, a, b).astype(np.float64) for a, b in zip(yes, no, strict=True)))
-    hold(problem, found, want, np.where(is_positive, 1.0, problem.negative_weight), dtype)
+    options = {} if problem in DENSE else {"scores": score[None].to(backend.device)}
+    weight = np.where(is_positive, 1.0, problem.negative_weight)
+    return Case(level, labels.to(backend.device), options, want, weight)
+
+
+def dense_targets(backend: Backend, problem: Problem, dtype: torch.dtype, layout: str) -> Case:
+    x = logits_of(problem, backend.sized(301, 41), dtype)
+    targets = [0.0, 0.01, 0.3, 0.5, 0.75, 1 - 2.0**-7, 1.0]
+    given = x.repeat(len(targets))
+    y = torch.tensor(targets, dtype=torch.float64).to(dtype).repeat_interleave(len(x))
+    level, target = (with_classes(part, layout, backend.device) for part in (given, y))
+    exact, s = (np.broadcast_to(part.double().numpy(), level.shape).astype(np.longdouble) for part in (given, y))
+    relative = tolerance(dtype, problem.gamma, options=problem.negative_weight != 1)
+    want = problem.oracle.dense(exact, s, relative=relative)
+    want = Element(*(part.astype(np.float64) for part in want))
+    return Case(level, target, {}, want, np.where(s > 0, 1.0, problem.negative_weight))
+
+
+@every_layout
+@every_dtype
+@pytest.mark.parametrize("problem", OF_LABELS, ids=str)
+def test_accuracy_of_labels_and_scores(backend: Backend, problem: Problem, dtype: torch.dtype, layout: str) -> None:
+    case = labels_and_scores(backend, problem, dtype, layout)
+    hold(problem, elements(problem, case.level, case.targets, **case.options), case.want, case.weight, dtype)
 
 
 @every_layout
 @every_dtype
 @every
 def test_accuracy_of_dense_targets(backend: Backend, problem: Problem, dtype: torch.dtype, layout: str) -> None:
-    x = logits_of(problem, backend.sized(301, 41), dtype)
-    targets = [0.0, 0.01, 0.3, 0.75, 1 - 2.0**-7, 1.0]
-    given = x.repeat(len(targets))
-    y = torch.tensor(targets, dtype=torch.float64).to(dtype).repeat_interleave(len(x))
-    level, target = (with_classes(part, layout, backend.device) for part in (given, y))
-    found = elements(problem, level, target)
-    exact, s = (np.broadcast_to(part.double().numpy(), level.shape).astype(np.longdouble) for part in (given, y))
-    relative = tolerance(dtype, problem.gamma, options=problem.negative_weight != 1)
-    want = problem.oracle.dense(exact, s, relative=relative)
-    want = Element(*(part.astype(np.float64) for part in want))
-    hold(problem, found, want, np.where(s > 0, 1.0, problem.negative_weight), dtype)
+    case = dense_targets(backend, problem, dtype, layout)
+    hold(problem, elements(problem, case.level, case.targets), case.want, case.weight, dtype)
 
 
-@every_dtype
-@every
-def test_limits(backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
-    """A finite gradient for every logit but NaN, a loss for each, and NaN for NaN alone."""
+def limits(
+    backend: Backend, problem: Problem, dtype: torch.dtype
+) -> tuple[Tensor, list[tuple[Tensor, dict[str, Any]]]]:
+    """Logits at which exponentials vanish, infinite ones and NaN; soft targets, and labels beside scores."""
     far = [11.0, 29.0, 87.5, 88.8, 104.0, 746.0, 1e4, float(torch.finfo(dtype).max), math.inf]
     # At its ends binary_cross_entropy has a derivative of 1e12, which float16 has not.
     ends = [] if dtype == torch.float16 else [0.0, 1.0, -0.5, 1.5]
@@ -169,9 +190,18 @@ def test_limits(backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
     level = with_classes(x.repeat(3), "planes", backend.device)
     soft = with_classes(targets.repeat_interleave(len(x)), "planes", backend.device)
     calls: list[tuple[Tensor, dict[str, Any]]] = [(soft, {})]
-    if problem in SCORED + ACTIVATED:
+    if problem in OF_LABELS:
         labels = torch.arange(level.shape[-1], device=backend.device)[None] % (CLASSES + 1)
-        calls.append((labels, {"scores": soft[:, 0, 0].float() if dtype != torch.float64 else soft[:, 0, 0]}))
+        scores = soft[:, 0, 0].float() if dtype != torch.float64 else soft[:, 0, 0]
+        calls.append((labels, {} if problem in DENSE else {"scores": scores}))
+    return level, calls
+
+
+@every_dtype
+@every
+def test_limits(backend: Backend, problem: Problem, dtype: torch.dtype) -> None:
+    """A finite gradient for every logit but NaN, a loss for each, and NaN for NaN alone."""
+    level, calls = limits(backend, problem, dtype)
     for target, options in calls:
         loss, gradient = elements(problem, level, target, **options)
         nan = level.isnan()
@@ -265,7 +295,7 @@ def test_the_reference_is_the_oracle(problem: Problem) -> None:
     # It subtracts from 1 what is 6e-6 short of it, at worst; and the 1e-12 in torch's binary_cross_entropy is a float32's.
     want = problem.oracle.dense(exact, s, relative=1e-8)
     weight = np.where(s > 0, 1.0, problem.negative_weight)
-    for got, value, bound in zip((loss.detach(), gradient), want[:2], want[2:], strict=True):
+    for got, value, bound in zip((loss.detach(), gradient), want[:2], want[2:4], strict=True):
         with np.errstate(invalid="ignore"):
             error = np.abs(got.numpy() - value * weight)
         assert ((got.numpy() == value * weight) | (error <= bound * weight + 1e-15)).all()

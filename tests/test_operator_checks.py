@@ -19,9 +19,9 @@ from torch import Tensor
 
 import fastfocal
 from fastfocal import guards, ops
-from fastfocal.losses.bce import BCELoss
 from fastfocal.losses.focal import FocalLoss
 from fastfocal.losses.focal_star import FocalLossStar
+from fastfocal.losses.softmax_focal import SoftmaxFocalLoss
 from fastfocal.losses.varifocal import VarifocalLoss
 from fastfocal.ops import COUNT_SCORES
 
@@ -532,8 +532,8 @@ ON_DIRECTIONS: dict[str, tuple[Change, str]] = {
     "directions_storage": (put_level("grad_gradients", resized), r"grad_gradients\[1\]: expected a storage"),
     "directions_meta": (put_level("grad_gradients", lambda t: t.to("meta")), META),
     "no_second_derivative": (
-        lambda call: call.update(loss=BCELoss.kind, loss_parameters=[0.0]),
-        "loss: 6 has no second derivative",
+        lambda call: call.update(loss=SoftmaxFocalLoss.kind, loss_parameters=[2.0, 0.0]),
+        "loss: 9 has no second derivative",
     ),
 }
 ON_GRADIENTS: dict[str, tuple[Change, str]] = {

@@ -13,7 +13,7 @@ import numpy as np
 import oracle_losses
 import pytest
 import torch
-from oracle_losses import Array, Loss
+from oracle_losses import Array, Element, Loss
 from torch import Tensor
 
 Formula = Callable[[Any], Any]  # of a logit (or a probability), in mpmath's numbers
@@ -21,7 +21,7 @@ Formula = Callable[[Any], Any]  # of a logit (or a probability), in mpmath's num
 mpmath.mp.dps = 60
 
 LOGITS = [-28.0, -7.25, -2.9444, -1.0, -1e-3, 0.0, 0.5, 1.5, 9.0, 28.0]
-SCORES = [0.0, 1e-6, 0.01, 0.3, 0.75, 1 - 2.0**-24, 1.0]
+SCORES = [0.0, 1e-6, 0.01, 0.3, 0.5, 0.75, 1 - 2.0**-24, 1.0]
 
 
 def sigmoid(x: Any) -> Any:
@@ -34,15 +34,15 @@ def cross_entropy(x: Any, t: Any) -> Any:
     return -t * mpmath.log(p) - (1 - t) * mpmath.log(1 - p)
 
 
-def product(x: float, constant: Formula, factor: Formula, detached: bool) -> tuple[Any, Any]:
-    """constant(x) factor(x) and its derivative, to which the first is a constant where `detached`."""
+def product(x: float, constant: Formula, factor: Formula, detached: bool) -> tuple[Any, Any, Any]:
+    """constant(x) factor(x) and its two derivatives, to which the first is a constant where `detached`."""
     at = mpmath.mpf(x)
     held = constant(at)
 
     def whole(z: Any) -> Any:
         return (held if detached else constant(z)) * factor(z)
 
-    return whole(at), mpmath.diff(whole, at)
+    return whole(at), mpmath.diff(whole, at), mpmath.diff(whole, at, 2)
 
 
 def power(base: Any, exponent: float) -> Any:
@@ -53,8 +53,8 @@ def n(gamma: float) -> Formula:
     return lambda z: power(sigmoid(z), gamma)
 
 
-def textbook(name: str, numbers: dict[str, Any], x: float, s: float | None) -> tuple[Any, Any]:
-    """Loss and derivative of a negative (s None), or a positive's, or of the soft target s of a loss without scores."""
+def textbook(name: str, numbers: dict[str, Any], x: float, s: float | None) -> tuple[Any, Any, Any]:
+    """Loss and derivatives of a negative (s None), or a positive's, or of the soft target s of a loss without scores."""
     detached = bool(numbers.get("detached", False))
     zero = lambda z: cross_entropy(z, 0)  # noqa: E731
     score = None if s is None else mpmath.mpf(s)
@@ -100,7 +100,8 @@ def textbook(name: str, numbers: dict[str, Any], x: float, s: float | None) -> t
 
     yes = product(x, lambda z: power(1 - sigmoid(z), numbers["gamma_pos"]), lambda z: cross_entropy(z, 1), detached)
     no = product(x, lambda z: power(shifted(z), numbers["gamma_neg"]), lambda z: -mpmath.log(1 - shifted(z)), detached)
-    return y * yes[0] + (1 - y) * no[0], y * yes[1] + (1 - y) * no[1]
+    first, gradient, second = (y * a + (1 - y) * b for a, b in zip(yes, no, strict=True))
+    return first, gradient, second
 
 
 PROBLEMS: list[tuple[str, dict[str, Any]]] = [
@@ -147,16 +148,19 @@ def test_the_papers_formulas(problem: tuple[str, dict[str, Any]]) -> None:
         else:
             found = loss.positive(x, np.full_like(x, s), relative=relative)
         for i, logit in enumerate(LOGITS):
-            if name == "quality_focal" and numbers["beta"] <= 1 and s == float(sigmoid(mpmath.mpf(logit))):
+            met = name == "quality_focal" and s == float(sigmoid(mpmath.mpf(logit)))
+            if met and 0 < numbers["beta"] <= 1:
                 continue  # |p - s| has no derivative at 0
             want = textbook(name, numbers, logit, s)
             for got, expected, bound, what in zip(
-                (found.loss[i], found.gradient[i]),
+                (found.loss[i], found.gradient[i], found.second[i]),
                 want,
-                (found.loss_bound[i], found.gradient_bound[i]),
-                ("loss", "gradient"),
+                (found.loss_bound[i], found.gradient_bound[i], found.second_bound[i]),
+                ("loss", "gradient", "second derivative"),
                 strict=True,
             ):
+                if met and what == "second derivative" and numbers["beta"] not in (0, 2):
+                    continue  # nor a second one, below 2; above, mpmath's differences reach 0 at a root of their steps alone
                 # mpmath's diff is good to half of its digits.
                 error = abs(exactly(got) - expected)
                 # np.float64 where extended precision is no more than that
@@ -180,13 +184,27 @@ def test_quality_focal_loss_of_probabilities_is_torchs(beta: float) -> None:
         leaf = p.clone().requires_grad_()
         score = torch.full_like(p, s)
         loss = torch.nn.functional.binary_cross_entropy(leaf, score, reduction="none") * (score - leaf).abs().pow(beta)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-        found = oracle_losses.quality_focal(beta, activated=True).positive(p.numpy(), score.numpy())
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.sum(), leaf)
+        # Extended: of 1e-300 float64 has no powers.
+        exact = (part.numpy().astype(np.longdouble) for part in (p, score))
+        found = oracle_losses.quality_focal(beta, activated=True).positive(*exact, relative=1e-8)
+        with np.errstate(over="ignore"):
+            found = Element(*(part.astype(np.float64) for part in found))
         # |p - s|^beta has no derivative at 0, and torch makes 0 * inf of it for beta < 1.
         away = (p != s) | (beta == 0) | (beta > 1)
         np.testing.assert_allclose(found.loss, loss.detach().numpy(), rtol=1e-13, atol=0)
         # torch's 1e-12 is a float32, off by 4e-9.
-        np.testing.assert_allclose(found.gradient[away], gradient.numpy()[away], rtol=1e-8, atol=0)
+        np.testing.assert_allclose(found.gradient[away], gradient.detach().numpy()[away], rtol=1e-8, atol=0)
+        # Its terms have either sign for beta < 1. At p = s torch takes |p - s|^2, a parabola, for flat; of p next to 0 its
+        # log(1 - p) has lost half of the digits, and powers of 1e-300 are 0 or infinite.
+        away = ((p.numpy() != s) | (beta == 0)) & np.isfinite(second.numpy())
+        assert away.sum() >= len(p) - 2
+        ours, theirs = found.second[away], second.numpy()[away]
+        bound = found.second_bound[away] + 1e-300 + np.where(p.numpy()[away] < 1e-8, 1e-8 * np.abs(ours), 0)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(ours - theirs)
+        assert ((ours == theirs) | (error <= bound)).all()
 
 
 def test_limits() -> None:
@@ -198,8 +216,9 @@ def test_limits() -> None:
             for found in (loss.negative(x), loss.positive(x, np.full(3, s)), loss.dense(x, np.full(3, s))):
                 assert not np.isnan(found.loss[:2]).any() and np.isfinite(found.gradient[:2]).all(), (name, s)
                 assert np.isnan(found.loss[2]) and np.isnan(found.gradient[2]), (name, s)
+                assert np.isfinite(found.second[:2]).all() and np.isnan(found.second[2]), (name, s)
         negative = loss.negative(x)
-        assert negative.loss[1] == 0 and negative.gradient[1] == 0
+        assert negative.loss[1] == 0 and negative.gradient[1] == 0 and negative.second[1] == 0
 
 
 # --- the projects' own code, in float64 -------------------------------------------------------------------------------

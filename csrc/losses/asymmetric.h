@@ -10,6 +10,13 @@
 // lost, (1 - v) - m, is exact for v >= 1/2 and is added, log(1 - m) = log(v) + ((1 - v) - m) / v. Without a clip m is p, and L
 // softplus(x).
 //
+// The second derivative of a negative, with R = p (1 - p) / m, Q = p (1 - p) / v = dL/dx, and Q' = Q (1 - 2 p + Q):
+//
+//     d2/dx2 = m^gamma_neg [Q' + gamma_neg R (2 Q + ((gamma_neg - 1) R + 1 - 2 p) L)] where m > 0, 0 elsewhere
+//
+// Terms have either sign, as has 1 - 2 p, the difference of 1 - p and p. Where m is 0, at the clip too, it is 0 as the first one is,
+// and as autograd has it of a maximum, whatever its limit from above: that is not 0 for gamma_neg = 1, and infinite below.
+//
 // With detach_modulating_factor the powers are constants for the gradient: the terms with gamma in front are left out of it.
 // A soft target y mixes the two losses, y positive + (1 - y) negative.
 #pragma once
@@ -66,8 +73,7 @@ struct Asymmetric {
       m = clamp_min(p - V(clip), zero);
       v = clamp_max(q + V(clip), one);
       const V inverse = reciprocal(v);
-      const V lost = select(v < V(S(0.5)), zero, (one - v) - m);
-      minus_log = zero - fused_multiply_add(lost, inverse, log_positive(v));
+      minus_log = minus_log_of(v, m, inverse);
       ratio = (er * r) * inverse;
     } else {
       m = p;
@@ -111,7 +117,54 @@ struct Asymmetric {
     return {weigh(yes.loss, y) + weigh(no.loss, rest), fused_multiply_add(yes.grad, y, no.grad * rest)};
   }
 
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_negative(V x) const {
+    if constexpr (!kClip) return of_negative.second_negative(x);
+    const V zero = V(S(0)), one = V(S(1));
+    const V e = exponential(x), r = reciprocal(one + e), er = e * r;
+    const auto left = is_negative(x);
+    const V p = select(left, er, r), q = select(left, r, er);
+    const V m = clamp_min(p - V(clip), zero), v = clamp_max(q + V(clip), one), inverse = reciprocal(v);
+    const V log = minus_log_of(v, m, inverse);
+    const V variance = er * r, turn = q - p;  // 1 - 2 p
+    const V slope = variance * inverse, curve = slope * (turn + slope);
+    const V grad = negative(x, e, logarithm(e)).grad;
+    if constexpr (kGamma == Gamma::kTwo) {
+      const V square = m * m, steep = V(gamma_neg) * variance;
+      const V bent =
+          fused_multiply_add((V(gamma_neg) - one) * variance, log, m * fused_multiply_add(turn, log, slope + slope));
+      return {grad, square * fused_multiply_add(square, curve, steep * bent)};
+    } else {
+      const V m_normal = clamp_min(m, smallest_normal<V>());
+      V low;
+      const V high = log_positive(m_normal, &low);
+      const V power = exp_of_multiple(multiple, high, zero - low);
+      const V ratio = variance * reciprocal(m_normal);
+      // Where it is more than this, the power is 0.
+      const V steep = clamp_max(V(gamma_neg) * ratio, V(S(sizeof(S) == sizeof(float) ? 1e10 : 1e20)));
+      const V bent = fused_multiply_add((steep - ratio) + turn, log, slope + slope);
+      return {grad, power * select(m < smallest_normal<V>(), zero, fused_multiply_add(steep, bent, curve))};
+    }
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V score) const {
+    return of_positive.second_positive(x, score);
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_soft(V x, V y) const {
+    const V rest = V(S(1)) - y;
+    const Derivatives<V> yes = second_positive(x, y), no = second_negative(x);
+    return {fused_multiply_add(yes.grad, y, no.grad * rest), fused_multiply_add(yes.second, y, no.second * rest)};
+  }
+
  private:
+  // L, of m and of v and its inverse
+  template <class V>
+  FASTFOCAL_HD V minus_log_of(V v, V m, V inverse) const {
+    const V zero = V(S(0)), lost = select(v < V(S(0.5)), zero, (V(S(1)) - v) - m);
+    return zero - fused_multiply_add(lost, inverse, log_positive(v));
+  }
+
   template <class V>
   FASTFOCAL_HD Term<V> positive_in_steps(V x, V e, V log) const {
     const V zero = V(S(0));
@@ -127,6 +180,9 @@ struct Asymmetric {
     }
   }
 };
+
+template <class S, bool kClip, Gamma kGamma, Accuracy kAccuracy>
+constexpr bool kHasSecond<Asymmetric<S, kClip, kGamma, kAccuracy>> = true;
 
 // Fast kernels for the usual exponents, with a clip and without: on the CPU the generic loop takes twice as long
 // (docs/notes/cpu_loop.md). Other exponents have generic kernels alone; and of those the usual ones their own with a clip alone.

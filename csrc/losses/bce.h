@@ -2,6 +2,7 @@
 //
 //   negative: softplus(x) = max(x, 0) + log(1 + e),  d/dx = p = x < 0 ? e r : r
 //   positive: B(x, s),  d/dx = p - s                                       (scored.h)
+//   d2/dx2   = p (1 - p) = e r^2 for both
 //
 // It is the focal loss with gamma = 0, without the power that is 1 then.
 #pragma once
@@ -50,7 +51,25 @@ struct Bce {
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {  // B(x, 0) is the negative's
     return soft_cross_entropy(x, y, V(S(1)) - y, e);
   }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_negative(V x) const {
+    const V e = exponential(x);
+    return with_variance(negative(x, e, x).grad, e);
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V score) const {
+    return second_soft(x, score);
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_soft(V x, V y) const {
+    const V e = exponential(x);
+    return with_variance(soft(x, y, e).grad, e);
+  }
 };
+
+template <class S, Accuracy kAccuracy>
+constexpr bool kHasSecond<Bce<S, kAccuracy>> = true;
 
 // It has kernels of its own, not scored_focal.h's: its negative is cheaper.
 struct BceLoss : RegisteredLoss {

@@ -7,6 +7,8 @@
 // Heads clamp p to [eps, 1 - eps], beyond which the loss is constant and the gradient 0. That is z clamped to [-l, l] with
 // l = log((1 - eps) / eps). The loss at l, rounded, would be off by that rounding times (alpha + 1), so the derivative there
 // times what was rounded off is added. (1 - y)^gamma = exp(gamma log(1 - y)).
+//
+// The second derivative is the focal loss's (focal.h), times (1 - y)^gamma too; as the first one, 0 beyond l and not at it.
 #pragma once
 
 #include "focal.h"
@@ -75,19 +77,41 @@ struct GaussianFocal : Focal<S, kGamma, false, kAccuracy> {
     const V zero = V(S(0)), rest = V(S(1)) - y;
     const auto below = zero < rest;
     const Term<V> t = clamped(select(below, x, zero - x), e, this->logarithm(e));
-    V power;
-    if constexpr (kGamma == Gamma::kTwo) {
-      power = (rest * rest) * (rest * rest);
-    } else {
-      V low;
-      const V high = log_positive(clamp_min(rest, smallest_normal<V>()), &low);
-      power = exp_of_multiple(multiple_target, high, zero - low);
-    }
-    const V factor = select(below, power, y);  // 1, or NaN
+    const V factor = select(below, power_of_rest(rest), y);  // 1, or NaN
     return {weigh(t.loss, factor), factor * select(below, t.grad, zero - t.grad)};
   }
 
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_negative(V x) const {
+    const V zero = V(S(0)), bound = V(limit);
+    const Derivatives<V> d = Peak::second_negative(clamp_max(clamp_min(x, zero - bound), bound));
+    const auto outside = minus_absolute(x) < zero - bound;
+    return {select(outside, zero, d.grad), select(outside, zero, d.second)};
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V) const {
+    const Derivatives<V> d = second_negative(V(S(0)) - x);
+    return {V(S(0)) - d.grad, d.second};
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_soft(V x, V y) const {
+    const V zero = V(S(0)), rest = V(S(1)) - y;
+    const auto below = zero < rest;
+    const Derivatives<V> d = second_negative(select(below, x, zero - x));
+    const V factor = select(below, power_of_rest(rest), y);  // 1, or NaN
+    return {factor * select(below, d.grad, zero - d.grad), factor * d.second};
+  }
+
  private:
+  // (1 - y)^gamma
+  template <class V>
+  FASTFOCAL_HD V power_of_rest(V rest) const {
+    if constexpr (kGamma == Gamma::kTwo) return (rest * rest) * (rest * rest);
+    V low;
+    const V high = log_positive(clamp_min(rest, smallest_normal<V>()), &low);
+    return exp_of_multiple(multiple_target, high, V(S(0)) - low);
+  }
+
   // The focal loss's negative at z, clamped, where e = exponential(z).
   template <class V>
   FASTFOCAL_HD Term<V> clamped(V z, V e, V log) const {
@@ -98,6 +122,9 @@ struct GaussianFocal : Focal<S, kGamma, false, kAccuracy> {
     return {t.loss + select(outside, more, zero), select(outside, zero, t.grad)};
   }
 };
+
+template <class S, Gamma kGamma, Accuracy kAccuracy>
+constexpr bool kHasSecond<GaussianFocal<S, kGamma, kAccuracy>> = true;
 
 // No fast kernels: its targets are dense in the heads that train with it.
 struct GaussianFocalLoss : RegisteredLoss {

@@ -3,6 +3,7 @@
 //
 //   negative: p^gamma softplus(x)                                          (focal.h)
 //   positive: B(x, t),  t = max(0.01, p^alpha s^(1 - alpha)) a constant for the gradient:  d/dx = p - t     (scored.h)
+//     d2/dx2 = p (1 - p), as the derivative of that gradient
 //
 // log t = alpha log p + (1 - alpha) log s with log p = min(x, 0) - log(1 + e): two terms of one sign, of which no more than
 // log(100) is ever taken. Where t is near 1, 1 - t = 1 - exp(log t) is computed as such. 0^0 is 1.
@@ -45,6 +46,12 @@ struct IouAwareBce : Focal<S, kGamma, false, kAccuracy> {
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
     return select_term(is_negative_target(y), this->negative(x, e, this->logarithm(e)), positive(x, y, e));
+  }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V score) const {
+    const V e = this->exponential(x);
+    return with_variance(positive(x, score, e).grad, e);
   }
 
  private:

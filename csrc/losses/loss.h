@@ -14,7 +14,8 @@
 //   Term<V> soft(V x, V y, V e);            with e = exponential(x)
 //   static V soft_weight(V y, V positive, V negative);   the weight of a soft target, of those of the two classes
 //   Derivatives<V> second_negative(V x), second_positive(V x, V score), second_soft(V x, V y);
-//                                           where kHasSecond<Loss>, which no loss inherits, and never for Accuracy::kSixteenBits
+//                                           where kHasSecond<Loss>, which no loss inherits, and never for Accuracy::kSixteenBits;
+//                                           without them create_graph=True is an error that names the loss
 //
 // A loss that takes an anchor's classes together (RegisteredLoss::kTakesAnchors) has kernels of its own instead, which ask for
 //

@@ -2,6 +2,7 @@
 //
 //   negative: p^gamma softplus(x), its p^gamma a constant for the gradient (focal.h); a weight of negatives stays outside
 //   positive: B(x, s^gamma),  d/dx = p - s^gamma                           (scored.h)
+//     d2/dx2 = p (1 - p)
 //
 // s^gamma = exp(gamma log s). For a score near 1 it is 1 less little, and B of a large logit is |x| times that little:
 // 1 - s^gamma = 1 - exp(gamma log s) is computed as such. 0^gamma is 0, for gamma = 0 it is 1.
@@ -40,6 +41,12 @@ struct MatchabilityAware : Focal<S, kGamma, false, kAccuracy> {
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
     return select_term(is_negative_target(y), this->negative(x, e, this->logarithm(e)), positive(x, y, e));
+  }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V score) const {
+    const V e = this->exponential(x);
+    return with_variance(positive(x, score, e).grad, e);
   }
 
  private:

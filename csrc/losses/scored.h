@@ -10,6 +10,10 @@
 // Both terms of B are positive: its relative error is that of u, so of t for one half of the logits and of 1 - t for the other.
 // A target that is made of a score (its power, say) comes with its own 1 - t for that reason. p - t is 0 where p = t; it is
 // exact to a rounding of e r and u, neither of which is more than p (1 - t) + (1 - p) t.
+//
+// The second derivative is that of the gradient p - t, for which t is a constant, one that is made of p too (IoU-aware BCE):
+//
+//   d2B/dx2 = p (1 - p) = e r^2
 #pragma once
 
 #include "loss.h"
@@ -44,6 +48,13 @@ FASTFOCAL_HD Term<V> soft_cross_entropy(V x, V t, V rest, V e) {
   return {parts.ce, parts.signed_by_side(parts.distance)};
 }
 
+// Both derivatives of B(x, t), of which `grad` is the first, and e = exp(-|x|). A target that is NaN leaves its trace in both.
+template <class V>
+FASTFOCAL_HD Derivatives<V> with_variance(V grad, V e) {
+  const V r = reciprocal(V(1) + e);
+  return {grad, fused_multiply_add(e * r, r, grad - grad)};
+}
+
 // A soft target of 0, or less than any normal number, is a negative's; any other (NaN too) is a positive's score. There is no
 // mixture of the two classes: the weight is one or the other's.
 template <class V>
@@ -57,6 +68,10 @@ FASTFOCAL_HD V scored_weight(V y, V positive, V negative) {
 template <class V, class Mask>
 FASTFOCAL_HD Term<V> select_term(Mask mask, Term<V> a, Term<V> b) {
   return {select(mask, a.loss, b.loss), select(mask, a.grad, b.grad)};
+}
+template <class V, class Mask>
+FASTFOCAL_HD Derivatives<V> select_derivatives(Mask mask, Derivatives<V> a, Derivatives<V> b) {
+  return {select(mask, a.grad, b.grad), select(mask, a.second, b.second)};
 }
 
 // What an infinite product is clamped to that something multiplies which vanishes.
@@ -92,7 +107,7 @@ FASTFOCAL_HD Target<V> target_of(V exp_of_y, V y) {
 }
 
 // A loss with the focal loss's negative, for registry.h: such losses share their kernels, those of scored_focal.h, where a new one
-// has its positive in a switch.
+// has its positive, and the second derivative of that, in a switch.
 template <class S, Gamma kGamma, Accuracy kAccuracy = Accuracy::kFloat>
 struct ScoredFocal;
 

@@ -2,6 +2,8 @@
 //
 // Their kernels differ in nothing but the rare positives, so they share one for each kind of exponent: four losses compile in the
 // time of little more than one. The struct of the positive is made where it is used; that is a dozen operations on a few numbers.
+// The structs of the four have no second_soft() of their own: the kernels take this one's.
+//
 // On a GPU the fast kernels' loop issues as many instructions as the focal loss's (sm_90: 25.0 for bfloat16, 31 for float32), as the
 // choice is made in the branch of positives.
 #pragma once
@@ -59,6 +61,27 @@ struct ScoredFocal : Focal<S, kGamma, false, kAccuracy> {
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
     return select_term(is_negative_target(y), this->negative(x, e, this->logarithm(e)), positive(x, y));
   }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V score) const {
+    switch (params.kind) {
+      case VarifocalLoss::kKind:
+        return Varifocal<S, kGamma, kAccuracy>(params).second_positive(x, score);
+      case QualityFocalLoss::kKind:
+        return QualityFocal<S, kGamma, kAccuracy>(params).second_positive(x, score);
+      case MatchabilityAwareLoss::kKind:
+        return MatchabilityAware<S, kGamma, kAccuracy>(params).second_positive(x, score);
+      default:
+        return IouAwareBce<S, kGamma, kAccuracy>(params).second_positive(x, score);
+    }
+  }
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_soft(V x, V y) const {
+    return select_derivatives(is_negative_target(y), this->second_negative(x), second_positive(x, y));
+  }
 };
+
+template <class S, Gamma kGamma, Accuracy kAccuracy>
+constexpr bool kHasSecond<ScoredFocal<S, kGamma, kAccuracy>> = true;
 
 }  // namespace fastfocal

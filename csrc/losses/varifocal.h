@@ -2,6 +2,7 @@
 //
 //   negative: p^gamma softplus(x)             focal.h has its derivation; alpha is a weight and stays outside
 //   positive: s B(x, s),  d/dx = s (p - s)    or, not weighted by the IoU, B(x, s) and p - s (scored.h)
+//     d2/dx2 = s p (1 - p)                    or p (1 - p)
 //
 // The negative's p^gamma has a derivative in VarifocalNet's code, mmdetection's and ultralytics'; RT-DETR and D-FINE, in
 // transformers too, take it for a constant (detach_modulating_factor). A positive's score is data.
@@ -40,6 +41,14 @@ struct Varifocal : Focal<S, kGamma, false, kAccuracy> {
   template <class V>
   FASTFOCAL_HD Term<V> soft(V x, V y, V e) const {
     return select_term(is_negative_target(y), this->negative(x, e, this->logarithm(e)), positive(x, y, e));
+  }
+
+  template <class V>
+  FASTFOCAL_HD Derivatives<V> second_positive(V x, V score) const {
+    const V e = this->exponential(x);
+    const Derivatives<V> d = with_variance(soft_cross_entropy(x, score, V(S(1)) - score, e).grad, e);
+    if (!iou_weighted) return d;
+    return {d.grad * score, d.second * score};
   }
 
  private:

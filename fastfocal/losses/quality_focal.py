@@ -54,9 +54,12 @@ class QualityFocalLoss(Loss):
 
 
 def power_of_distance(distance: Tensor, beta: float) -> Tensor:
-    """|distance|^beta, with derivative 0 where it is 0: there the derivative of a power less than 1 is infinite."""
+    """|distance|^beta, with derivatives 0 where it is 0: there the first one of a power less than 1, and the second one of a
+    power less than 2, is infinite."""
     if beta == 0:
         return torch.ones_like(distance)
+    if beta == 2:  # its second derivative is not 0 there, but torch's of |distance| is
+        return distance.square()
     met = distance == 0
     return torch.where(met, 0.0, torch.where(met, 1.0, distance).abs().pow(beta))
 
@@ -104,8 +107,8 @@ def quality_focal_loss(
             reduction, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
         targets, scores, normalizer: as :func:`fastfocal.varifocal_loss` takes them. A positive of score 0 is a negative, but
             for the weights of classes.
-        beta: exponent of the distance, a finite number >= 0. Below 1 the gradient grows without bound as p nears s; where they
-            are equal it is 0.
+        beta: exponent of the distance, a finite number >= 0. Below 1 the gradient grows without bound as p nears s, below 2
+            (but for 0 and 1) its derivative does; where p and s are equal both are 0.
         activated: True: `logits` are probabilities in [0, 1] (any number beyond counts as the nearer end), and the gradient is
             by them. Their cross entropy is torch's ``binary_cross_entropy``, whose logarithms are no less than -100.
 
