@@ -36,7 +36,7 @@ struct KernelParams {
   const void* anchor_weight;  // as the packed labels; null: 1
   const void* class_weights;  // [2][K], of positives and of negatives; null: the two numbers below
   double positive_weight, negative_weight;
-  const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored; null: nowhere
+  const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored, or has no share; null: nowhere
   int64_t mask_image_stride, mask_class_stride;
   LossParams loss;
 
