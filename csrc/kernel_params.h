@@ -38,7 +38,7 @@ struct KernelParams {
   double positive_weight, negative_weight;
   bool scores_are_rows;  // of each image, of all levels in the caller's order; else as the packed labels
   int64_t score_image_stride;
-  const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored; null: nowhere
+  const uint8_t* class_mask;  // [image][class]: 0 where the class counts as ignored, or has no share; null: nowhere
   int64_t mask_image_stride, mask_class_stride;
   LossParams loss;
 

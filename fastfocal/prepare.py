@@ -61,12 +61,15 @@ class Divisor:
     number: float = 1.0
     factor: Tensor | None = None  # of what is counted, or the divisor itself
     present: Tensor | None = None  # (N,), the classes that each image has: a factor of its anchors
+    class_mask: Tensor | None = None  # (N, K): of the anchors, those whose own class is there are counted
     given: bool = False  # by the caller: used as it is
     counted: Tensor | None = None  # of soft targets; labels are counted where they are packed
 
     def of(self, counted: Tensor) -> Tensor | None:
         if self.present is not None:
             return (counted * self.present).sum().clamp(min=1)
+        if self.class_mask is not None:
+            return counted.clamp(min=self.minimum)
         if self.count == ops.COUNT_NOTHING:
             return self.factor
         return counted if self.factor is None else counted * self.factor
@@ -75,6 +78,8 @@ class Divisor:
         """What this rank adds to the sum over ranks, one number in memory of its own: a count, of images for each of them."""
         if self.present is not None and counted is not None:
             return (counted * self.present).sum()
+        if self.class_mask is not None and counted is not None:
+            return counted
         share = self.factor if self.count in (ops.COUNT_NOTHING, ops.COUNT_POSITIVES_PER_IMAGE) else counted
         assert share is not None
         return share
@@ -139,8 +144,6 @@ def read_targets(
         raise RuntimeError(NO_VMAP)
     if loss.targets != "either":
         check_targets_of_loss(loss, soft)
-    if inputs.class_mask is not None:
-        check_class_mask_of_loss(loss, inputs.class_mask)
     if options.num_classes is None:
         options = options.of(pyramid.num_classes)
     class_mask = None if inputs.class_mask is None else read_class_mask(inputs.class_mask, pyramid)
@@ -295,11 +298,6 @@ def check_targets_of_loss(loss: Loss, soft: bool) -> None:
     if loss.targets not in ("either", "soft" if soft else "labels"):
         wanted = "integer labels" if loss.targets == "labels" else "floating soft targets"
         raise TypeError(f"targets: {loss.name} expects {wanted}, got {'floating' if soft else 'integer'} ones")
-
-
-def check_class_mask_of_loss(loss: Loss, class_mask: object) -> None:
-    if loss.takes_anchors and class_mask is not None:
-        raise ValueError(f"class_mask: {loss.name} takes none, as an anchor's classes share one softmax; expected None")
 
 
 def class_factors(loss: Loss, class_weight: Any, num_classes: int) -> checks.ClassValues:
@@ -540,7 +538,10 @@ def resolve_normalizer(
     """synced: this rank's part of it, which may be 0, as it is the sum over ranks that is kept from that."""
     normalizer, like = inputs.normalizer, pyramid.levels[0]
     if reduction == "mean" and loss.takes_anchors:
-        return Divisor(ops.COUNT_LOGITS, 0.0 if synced else 1.0, number=1 / pyramid.num_classes)  # anchors
+        least = 0.0 if synced else 1.0
+        if class_mask is not None:
+            return Divisor(minimum=least, class_mask=class_mask)
+        return Divisor(ops.COUNT_LOGITS, least, number=1 / pyramid.num_classes)  # anchors
     if reduction == "mean":
         return logits_that_count(pyramid, soft, class_mask, synced)
     if isinstance(normalizer, Tensor):
@@ -592,6 +593,20 @@ def logits_that_count(pyramid: Pyramid, soft: bool, class_mask: Tensor | None, s
     if not soft:
         return Divisor(ops.COUNT_ANCHORS_PER_IMAGE, minimum=0.0, present=present)
     return Divisor(factor=(present * sum(pyramid.anchors)).sum().clamp(min=least))
+
+
+def anchors_that_count(packed_labels: Tensor, pyramid: Pyramid, class_mask: Tensor) -> Tensor:
+    """How many anchors have a class, and one that their image has; 0-d, float64.
+
+    packed_labels: of one level after the other, in any order of an image's anchors.
+    """
+    images, start, found = pyramid.images, 0, []
+    for m in pyramid.anchors:
+        of_level = packed_labels[start : start + images * m].view(images, m)
+        start += images * m
+        there = class_mask.gather(1, of_level.clamp(min=0).long())
+        found.append((there & (of_level >= 0)).sum())
+    return torch.stack(found).sum().double()
 
 
 def check_normalizer(

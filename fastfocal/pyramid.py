@@ -12,7 +12,7 @@ from fastfocal import ops
 from fastfocal.autograd import differentiable_loss
 from fastfocal.ops import OperatorOptions
 from fastfocal.options import INPUTS, OPTIONS, Inputs, Options
-from fastfocal.prepare import Prepared, Pyramid, read_others, read_targets
+from fastfocal.prepare import Prepared, Pyramid, anchors_that_count, read_others, read_targets
 
 if TYPE_CHECKING:
     from fastfocal.checks import Levels
@@ -83,6 +83,8 @@ def start(
     # First of all, so that a sum over ranks is under way as early as may be.
     if prepared.labels is not None:
         packed_labels, counted = pack(prepared, prepared.labels)
+        if divisor.class_mask is not None:
+            counted = anchors_that_count(packed_labels, prepared.pyramid, divisor.class_mask)
     total = None if ranks is None else ranks.start_sum(divisor.share(counted))
     operator_options = read_others(prepared, loss, inputs)
     operator_options.packed_labels = packed_labels

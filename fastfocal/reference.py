@@ -28,7 +28,6 @@ from fastfocal.ops import anchor_shape
 from fastfocal.options import Inputs, Options, defaults_of
 from fastfocal.prepare import (
     check_class_mask,
-    check_class_mask_of_loss,
     check_normalizer,
     check_scores,
     check_targets_of_loss,
@@ -62,7 +61,6 @@ def pyramid_loss(
     _check_no_grad(targets=inputs.targets, weight=inputs.weight, normalizer=inputs.normalizer, scores=inputs.scores)
     soft = any(target.is_floating_point() for target in target_list)
     check_targets_of_loss(loss, soft)
-    check_class_mask_of_loss(loss, inputs.class_mask)
     num_classes = _resolve_num_classes(levels, options.num_classes, soft)
     options = options.of(num_classes)
     assert options.background_index is not None
@@ -84,6 +82,10 @@ def pyramid_loss(
     present = None  # (N, K): which classes an image has
     if inputs.class_mask is not None:
         present = check_class_mask(inputs.class_mask, levels[0], num_classes).reshape(-1, num_classes)
+    absent = None  # (N, 1, K): those that have no share of a softmax; an anchor that is labelled so has no loss
+    if present is not None and loss.takes_anchors:
+        absent, present = ~present.unsqueeze(1), None
+        ignored = [ignore | (target & absent).any(-1) for ignore, target in zip(ignored, dense, strict=True)]
     scores = None
     if inputs.scores is not None:
         check_scores(loss, soft)
@@ -112,7 +114,8 @@ def pyramid_loss(
         if present is not None:
             left_out = left_out | ~present.unsqueeze(1)
         # Before anything is computed: the derivative at a NaN is NaN, and stays so when masked afterwards.
-        x = torch.where(left_out, 0.0, _flatten(level, num_classes).to(dtype))
+        x = _flatten(level, num_classes).to(dtype)
+        x = torch.where(left_out, 0.0, x if absent is None else x.masked_fill(absent, -torch.inf))
         y = target.to(dtype)
         score = y if soft else torch.ones_like(y)
         if scores is not None:

@@ -408,12 +408,12 @@ def test_errors_of_a_modules_call() -> None:
     assert running.ema_normalizer == 100  # a call that fails is no step
     none = FastFocalLoss(K, reduction="none")
     raises_before_anything(lambda: none.fused_with(head, features, labels), V, 'reduction: "none" gives')
-    mask = torch.ones(2, K, dtype=torch.bool)
+    mask = torch.ones(2, K + 1, dtype=torch.bool)
     softmax = FastSoftmaxFocalLoss(K)
     raises_before_anything(
         lambda: softmax.fused_with(head, features, labels, class_mask=mask),
         V,
-        "class_mask: softmax_focal_loss takes none",
+        rf"class_mask: expected shape \(2, {K}\), .* got \(2, {K + 1}\)",
     )
 
 

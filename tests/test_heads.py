@@ -382,8 +382,7 @@ def test_modules(backend: Backend, member: Member, kind: str, generator: torch.G
         targets = [torch.randint(-1, last + 1, (2, m), generator=generator).to(backend.device) for m in counts]
     if parameters.takes_scores:
         call["scores"] = [random((2, m), features[0], 7 + m).clamp(max=1) for m in counts]
-    if not parameters.takes_anchors:
-        call["class_mask"] = torch.tensor([[True, False, True, True], [True, True, True, False]], device=backend.device)
+    call["class_mask"] = torch.tensor([[True, False, True, True], [True, True, True, False]], device=backend.device)
     criterion = member.module(classes, **options)
     slow = getattr(reference, type(criterion).__name__.removeprefix("Fast"))(classes, **options)
     normalizers: list[Any] = [None, 3.0, "positives_per_image"]

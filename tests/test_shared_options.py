@@ -512,8 +512,6 @@ def test_a_shared_option_is_named_by_everyone() -> None:
     for member in LOSSES:
         own = {field.name for field in dataclasses.fields(member.parameters)}
         wanted = shared | own | ({"scores"} if member.parameters.takes_scores else set())
-        if member.parameters.takes_anchors:
-            wanted -= {"class_mask"}
         for function in (member.function, getattr(reference, member.parameters.name)):
             assert set(inspect.signature(function).parameters) == {"logits", "targets"} | wanted
         kept = wanted - {"weight", "class_mask", "scores"} | set(MODULE_DEFAULTS)

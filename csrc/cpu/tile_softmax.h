@@ -4,6 +4,10 @@
 // the buffer; each label's own taken out of it; the others summed; the formula, a vector of anchors at a time; and the gradient,
 // the buffer times two numbers of each anchor. Where an anchor has more classes than the buffer has room for, they go through it in
 // parts, and the gradient makes the exponentials again, from logits that are in cache.
+//
+// Beside a class mask (kMasked), the exponentials of absent classes are 0, and so is their gradient, whatever is multiplied; of
+// planes, the absent ones are not read at all. A class of its own: in one that asks whether there is a mask, the compiler no longer
+// keeps a tile's numbers in registers, and rows of few classes take a quarter longer.
 #pragma once
 
 #include "../losses/softmax_focal.h"
@@ -23,7 +27,7 @@ inline double lane_sum(Vec x) {
   return sum;
 }
 
-template <class T, class Loss>
+template <class T, class Loss, bool kMasked>
 class SoftmaxTile {
   using S = Accumulation<T>;
 
@@ -45,6 +49,7 @@ class SoftmaxTile {
     losses_ = output == Output::kElementLoss ? out + anchors : nullptr;
     incoming_ = params_.incoming_elements ? static_cast<const T*>(level_->incoming) + anchors : nullptr;
     first_ = level_->first_anchor + anchors;
+    if constexpr (kMasked) look_at_mask(tile.image);
     scale_ = S(scale);
     after_scale_ = output == Output::kGradient ? S(factor_of_finished<S>(params_, tile.level, tile.image, scale)) : S(1);
     sum_ = {};
@@ -106,8 +111,8 @@ class SoftmaxTile {
       int at = i * classes;
       // What a vector writes beyond its row, the next rows write over.
       for (; at < stop && at + L::kCount <= end; at += L::kCount)
-        L::store(g + at, (L::load(exponential_ + at) * inverse) * grad, L::kCount);
-      if (at < stop) L::store(g + at, (L::load(exponential_ + at) * inverse) * grad, end - at);
+        L::store(g + at, if_present(at, (L::load(exponential_ + at) * inverse) * grad), L::kCount);
+      if (at < stop) L::store(g + at, if_present(at, (L::load(exponential_ + at) * inverse) * grad), end - at);
       if (label_[i] >= 0) put(g + i * classes + label_[i], S(0) - grad_[i]);
     }
     for (int i = 0; i < count; ++i) correct(i, g + i * classes, 1);
@@ -121,6 +126,7 @@ class SoftmaxTile {
       double others = 0;
       for (int64_t k = 0; k < classes_; k += kBuffer) {
         const int n = int(classes_ - k < kBuffer ? classes_ - k : kBuffer);
+        if constexpr (kMasked) gather_mask(k, n);
         exponentials_of(x + k, n);
         take_own(0, x, 1, k, n, exponential_, 1);
         others += lane_sum(row_sum(exponential_, n));
@@ -143,28 +149,35 @@ class SoftmaxTile {
       L::store(g + k, (e * inverse) * grad, n);
     }
     if (label_[0] >= 0) put(g + label_[0], S(0) - grad_[0]);
+    for (int64_t k = 0; kMasked && k < classes_; k += kBuffer) {
+      const int n = int(classes_ - k < kBuffer ? classes_ - k : kBuffer);
+      gather_mask(k, n);
+      for (int i = 0; i < n; ++i)
+        if (present_[i] == S(0)) put(g + k + i, S(0));
+    }
     correct(0, g, 1);
   }
 
-  // The exponentials of n logits side by side.
-  static void exponentials(const T* x, int n, S* e) {
+  // The exponentials of n logits side by side, the first of which is of the class that the gathered mask begins with.
+  void exponentials(const T* x, int n, S* e) const {
     int i = 0;
     for (; i + L::kCount <= n; i += L::kCount) {
       __builtin_prefetch(x + i + kPrefetch / int(sizeof(T)));
-      L::store(e + i, Loss::exponential(L::load(x + i)), L::kCount);
+      L::store(e + i, if_present(i, Loss::exponential(L::load(x + i))), L::kCount);
     }
-    if (i < n) L::store(e + i, Loss::exponential(L::load(x + i, n - i)), n - i);
+    if (i < n) L::store(e + i, if_present(i, Loss::exponential(L::load(x + i, n - i))), n - i);
   }
-  static void far_exponentials(const T* x, int n, S greatest, S* e) {
+  void far_exponentials(const T* x, int n, S greatest, S* e) const {
     const V base = Loss::finite_logit(V(greatest));
     for (int i = 0; i < n; i += L::kCount) {
       const int count = n - i < L::kCount ? n - i : L::kCount;
-      L::store(e + i, Loss::exponential(L::load(x + i, count), base), count);
+      L::store(e + i, if_present(i, Loss::exponential(L::load(x + i, count), base)), count);
     }
   }
   S row_greatest(const T* x) const {
-    S greatest = to_float(x[0]);
-    for (int64_t k = 1; k < classes_; ++k) greatest = greatest < S(to_float(x[k])) ? S(to_float(x[k])) : greatest;
+    S greatest = to_float(x[first_present()]);
+    for (int64_t k = first_present() + 1; k < classes_; ++k)
+      if (is_present(k)) greatest = greatest < S(to_float(x[k])) ? S(to_float(x[k])) : greatest;
     return greatest;
   }
 
@@ -205,7 +218,7 @@ class SoftmaxTile {
     fill(sum_low_, 1, width, S(0));
     for (int64_t k = 0; k < classes_; k += fit) {
       const int n = int(classes_ - k < fit ? classes_ - k : fit);
-      plane_exponentials(x + k * cells, n, cells, count, width);
+      plane_exponentials(x + k * cells, k, n, cells, count, width);
       for (int i = 0; i < count; ++i) take_own(i, x + i, cells, k, n, exponential_ + i, width);
       for (int i = 0; i < width; i += L::kCount) add_column_sum(i, n, width);
     }
@@ -215,6 +228,10 @@ class SoftmaxTile {
     if (g_ == nullptr) return;
     T* const g = g_ + at;
     for (int64_t k = 0; k < classes_; ++k) {
+      if (!is_present(k)) {
+        fill(g + k * cells, 1, count, T());
+        continue;
+      }
       for (int i = 0; i < count; i += L::kCount) {
         const int lanes = count - i < L::kCount ? count - i : L::kCount;
         V e;
@@ -233,11 +250,16 @@ class SoftmaxTile {
     for (int i = 0; i < count; ++i) correct(i, g + i, cells);
   }
 
-  void plane_exponentials(const T* x, int planes, int64_t cells, int count, int width) {
+  // x: of plane `first`
+  void plane_exponentials(const T* x, int64_t first, int planes, int64_t cells, int count, int width) {
     for (int k = 0; k < planes; ++k) {
       const T* const from = x + k * cells;
       T* const to = g_ == nullptr ? nullptr : g_ + (from - x_);
       S* const e = exponential_ + k * width;
+      if (!is_present(first + k)) {
+        fill(e, 1, width, S(0));
+        continue;
+      }
       int i = 0;
       for (; i + L::kCount <= count; i += L::kCount) {
         __builtin_prefetch(from + i + kAhead);
@@ -278,13 +300,15 @@ class SoftmaxTile {
     bool any = false;
     for (int lane = 0; lane < lanes; ++lane) any |= far_[i + lane] != S(0);
     if (!any) return;
-    V greatest = L::load(x, lanes);
-    for (int64_t k = 1; k < classes_; ++k) greatest = clamp_min(L::load(x + k * cells, lanes), greatest);
+    V greatest = L::load(x + first_present() * cells, lanes);
+    for (int64_t k = first_present() + 1; k < classes_; ++k)
+      if (is_present(k)) greatest = clamp_min(L::load(x + k * cells, lanes), greatest);
     L::store(greatest_ + i, greatest, L::kCount);
     const V base = Loss::finite_logit(greatest);
     S own[L::kCount] = {}, e[L::kCount];
     V sum(S(0)), low(S(0));
-    for (int64_t k = 0; k < classes_; ++k) {
+    for (int64_t k = first_present(); k < classes_; ++k) {
+      if (!is_present(k)) continue;
       L::store(e, Loss::exponential(L::load(x + k * cells, lanes), base), L::kCount);
       for (int lane = 0; lane < lanes; ++lane) {
         if (label_[i + lane] == k) own[lane] = taken(e + lane);
@@ -311,6 +335,29 @@ class SoftmaxTile {
 
   // --- what both share --------------------------------------------------------------------------------------------------
 
+  // The image's mask. Of rows that the buffer has room for, one after the other as their exponentials are; others gather parts.
+  void look_at_mask(int64_t image) {
+    const uint8_t* const before = mask_;
+    mask_ = class_mask_of(params_, image);
+    if (mask_ == before) return;
+    first_present_ = 0;
+    while (first_present_ < classes_ && !is_present(first_present_)) ++first_present_;
+    if (classes_ > kBuffer) return;
+    const int classes = int(classes_);
+    gather_mask(0, classes);
+    for (int i = classes; i < kBuffer; ++i) present_[i] = present_[i - classes];
+  }
+  void gather_mask(int64_t k, int n) {
+    for (int i = 0; i < n; ++i) present_[i] = S(mask_[(k + i) * params_.mask_class_stride] != 0);
+  }
+  bool is_present(int64_t k) const { return !kMasked || mask_[k * params_.mask_class_stride] != 0; }
+  int64_t first_present() const { return kMasked ? first_present_ : 0; }
+  // x, but 0 in the lanes of absent classes; at: of the first lane, among what is gathered.
+  V if_present(int at, V x) const {
+    if constexpr (kMasked) x = select(V(S(0.5)) < L::load(present_ + at), x, V(S(0)));
+    return x;
+  }
+
   // Labels and weights of the block's anchors; the numbers of the lanes after them cost nothing.
   void begin_block(int64_t m, int count) {
     const S* const class_weights = static_cast<const S*>(params_.class_weights);
@@ -329,9 +376,19 @@ class SoftmaxTile {
       after_[i] = after_scale_;
       if (incoming_ != nullptr) take_incoming(m, i);
     }
+    if constexpr (kMasked) ignore_absent(count);
     any_after_ |= after_scale_ != S(1);
     for (int i = 0; i < count + L::kCount; ++i) others_[i] = distance_[i] = far_[i] = S(0), own_[i] = S(1);
     for (int i = count; i < count + L::kCount; ++i) weight_[i] = S(0);
+  }
+
+  void ignore_absent(int count) {
+    for (int i = 0; i < count; ++i) {
+      if (label_[i] < 0 || is_present(label_[i])) continue;
+      label_[i] = -1;
+      weight_[i] = S(0);
+      any_ignored_ = true;
+    }
   }
 
   // The gradient that comes in for an anchor is a factor of its weight, unless it is no number or nearly none: then 0 times it has
@@ -409,11 +466,14 @@ class SoftmaxTile {
   const Level* level_;
   const T *x_, *incoming_;  // incoming, losses: one of each anchor, or null
   T *g_, *losses_;
-  int64_t first_;  // of the image's anchors among all
+  int64_t first_;                  // of the image's anchors among all
+  const uint8_t* mask_ = nullptr;  // the image's
+  int64_t first_present_ = 0;      // the first class that is there
   S scale_, after_scale_;
   typename L::Total sum_;
 
   alignas(64) S exponential_[kBuffer + L::kCount];
+  alignas(64) S present_[kMasked ? kBuffer + L::kCount : 1];  // 0 or 1, of classes side by side, as rows read them
   // Of each anchor of the block. far: 0 or 1; greatest, the base: where it is 1. after: what the finished gradient is multiplied by.
   static constexpr int kRoom = kBlock + L::kCount;
   alignas(64) S own_[kRoom], others_[kRoom], distance_[kRoom], weight_[kRoom], far_[kRoom], greatest_[kRoom];
@@ -423,10 +483,10 @@ class SoftmaxTile {
   bool any_ignored_, any_after_;
 };
 
-template <class T, class Loss>
+template <class T, class Loss, bool kMasked>
 void softmax_tiles(const KernelParams& params, int64_t begin, int64_t end) {
   const bool sums = params.output == Output::kLoss || params.output == Output::kLossAndGradient;
-  SoftmaxTile<T, Loss> run(params);
+  SoftmaxTile<T, Loss, kMasked> run(params);
   for (int64_t t = begin; t < end; ++t) {
     const AnchorTile tile = anchor_tile_at(params.levels, t);
     if (sums || params.levels.level[tile.level].out != nullptr) run(tile, sums ? params.partial + t : nullptr);

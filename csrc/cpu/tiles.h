@@ -121,8 +121,11 @@ void run_tiles(const KernelParams& params, int64_t begin, int64_t end) {
   if (takes_anchors(params.loss.kind)) {
     return with_dtype(params.dtype, [&](auto logit) {
       using T = type_of<decltype(logit)>;
-      with_anchor_loss<Accumulation<T>>(params.loss,
-                                        [&](auto loss) { softmax_tiles<T, type_of<decltype(loss)>>(params, begin, end); });
+      with_anchor_loss<Accumulation<T>>(params.loss, [&](auto loss) {
+        using Loss = type_of<decltype(loss)>;
+        params.class_mask == nullptr ? softmax_tiles<T, Loss, false>(params, begin, end)
+                                     : softmax_tiles<T, Loss, true>(params, begin, end);
+      });
     });
   }
   if (is_fast(params)) {

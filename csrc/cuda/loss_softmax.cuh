@@ -3,7 +3,8 @@
 // A block takes a tile in parts that its shared memory has room for: the exponentials of all their logits go there; a warp sums a
 // row, or each of its threads a column of cells' classes; a thread computes the formula for an anchor; and all write the gradient,
 // an exponential times two numbers of its anchor. Of anchors with more classes than there is room for, the logits are read twice
-// more or less: for the sum, and for the gradient, from a cache if it holds them.
+// more or less: for the sum, and for the gradient, from a cache if it holds them. Beside a class mask, which has a kernel of its
+// own, the logits of absent classes are not read.
 #pragma once
 
 #include "kernels.h"
@@ -56,7 +57,7 @@ struct LongSum {
   }
 };
 
-template <class T, class Loss>
+template <class T, class Loss, bool kMasked>
 struct SoftmaxWork {
   using S = Accumulation<T>;
 
@@ -72,11 +73,19 @@ struct SoftmaxWork {
   const bool kept;                          // all exponentials are
   const int64_t first;                      // the first anchor among all
   const int64_t image_anchor, image_first;  // and of the image; the image's first among all
+  const uint8_t* const mask;                // the image's, where kMasked
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
 
   __device__ __forceinline__ bool rows() const { return level.layout == Layout::kClassLast; }
   __device__ __forceinline__ S logit(int i, int k) const { return to_float(x[i * anchor_step + k * class_step]); }
   __device__ __forceinline__ S& room(int i, int k) const { return shared.exponential[i * anchor_room + k * class_room]; }
+  __device__ __forceinline__ bool is_present(int k) const { return !kMasked || mask[k * params.mask_class_stride] != 0; }
+  __device__ __forceinline__ S exponential(int i, int k) const {
+    return is_present(k) ? Loss::exponential(logit(i, k)) : S(0);
+  }
+  __device__ __forceinline__ S exponential(int i, int k, S base) const {
+    return is_present(k) ? Loss::exponential(logit(i, k), base) : S(0);
+  }
   __device__ __forceinline__ S finite_greatest(int i) const { return Loss::finite_logit(shared.greatest[i]); }
 
   // Calls use(anchor, class) for each logit of the part once; the threads of a warp meet neighbours in memory.
@@ -144,14 +153,15 @@ struct SoftmaxWork {
     if (rows()) {
       for (int i = warp; i < count; i += kWarps) {
         if (!shared.far[i]) continue;
-        S greatest = logit(i, 0);
-        for (int64_t k = lane; k < classes; k += 32) greatest = greater(greatest, logit(i, int(k)));
+        S greatest = first_logit(i);
+        for (int64_t k = lane; k < classes; k += 32)
+          if (is_present(int(k))) greatest = greater(greatest, logit(i, int(k)));
         for (int offset = 16; offset > 0; offset /= 2)
           greatest = greater(greatest, __shfl_xor_sync(0xffffffffu, greatest, offset));
         const S base = Loss::finite_logit(greatest);
         LongSum<S> sum;
         for (int64_t k = lane; k < classes; k += 32) {
-          const S e = Loss::exponential(logit(i, int(k)), base);
+          const S e = exponential(i, int(k), base);
           if (kept) room(i, int(k)) = e;
           if (k != shared.label[i]) sum.add(e);
         }
@@ -160,12 +170,13 @@ struct SoftmaxWork {
       }
     } else if (int(threadIdx.x) < count && shared.far[threadIdx.x]) {
       const int i = int(threadIdx.x);
-      S greatest = logit(i, 0);
-      for (int k = 1; k < classes; ++k) greatest = greater(greatest, logit(i, k));
+      S greatest = first_logit(i);
+      for (int k = 0; k < classes; ++k)
+        if (is_present(k)) greatest = greater(greatest, logit(i, k));
       const S base = Loss::finite_logit(greatest);
       LongSum<S> sum;
       for (int k = 0; k < classes; ++k) {
-        const S e = Loss::exponential(logit(i, k), base);
+        const S e = exponential(i, k, base);
         if (kept) room(i, k) = e;
         if (k != shared.label[i]) sum.add(e);
       }
@@ -177,7 +188,7 @@ struct SoftmaxWork {
   // Label and weight of the thread's anchor; an ignored one looks like any other.
   __device__ __forceinline__ S begin_anchor(int i) const {
     const int label = packed_label_at(params, first + i);
-    const bool counts = uint32_t(label) < uint32_t(classes);
+    const bool counts = uint32_t(label) < uint32_t(classes) && is_present(label);
     shared.label[i] = counts ? label : -1;
     shared.after[i] = shared.after_scale;
     if (!counts) return S(0);
@@ -212,11 +223,9 @@ struct SoftmaxWork {
   __device__ __forceinline__ void write_gradient() const {
     each([&](int i, int k) {
       const int label = shared.label[i];
-      const S e = kept            ? room(i, k)
-                  : shared.far[i] ? Loss::exponential(logit(i, k), finite_greatest(i))
-                                  : Loss::exponential(logit(i, k));
+      const S e = kept ? room(i, k) : shared.far[i] ? exponential(i, k, finite_greatest(i)) : exponential(i, k);
       S grad = k == label ? -shared.grad[i] : e * shared.inverse[i] * shared.grad[i];
-      if (label < 0) grad = S(0);  // whatever its logits are
+      if (label < 0 || !is_present(k)) grad = S(0);  // whatever its logits are
       T y = rounded<T>(grad);
       if (shared.after[i] != S(1)) y = rounded<T>(times_incoming<S>(to_float(y), shared.after[i]));
       g[i * anchor_step + k * class_step] = y;
@@ -224,7 +233,9 @@ struct SoftmaxWork {
   }
 
  private:
-  __device__ __forceinline__ S near(int i, int k) const { return kept ? room(i, k) : Loss::exponential(logit(i, k)); }
+  __device__ __forceinline__ S near(int i, int k) const { return kept ? room(i, k) : exponential(i, k); }
+  // Of a class that is there; its own is.
+  __device__ __forceinline__ S first_logit(int i) const { return logit(i, kMasked ? shared.label[i] : 0); }
   __device__ __forceinline__ static S greater(S a, S b) { return a < b ? b : a; }
   __device__ __forceinline__ static S warp_sum(S x) {
 #pragma unroll
@@ -240,7 +251,7 @@ struct SoftmaxWork {
   }
 };
 
-template <class T, class Loss>
+template <class T, class Loss, bool kMasked>
 __global__ void __launch_bounds__(kThreads, 3) softmax_kernel(const __grid_constant__ KernelParams params) {
   using S = Accumulation<T>;
   __shared__ SoftmaxPart<S> shared;
@@ -274,22 +285,23 @@ __global__ void __launch_bounds__(kThreads, 3) softmax_kernel(const __grid_const
       const int64_t a = rows ? 0 : m / cells, at = rows ? m * classes : a * classes * cells + (m - a * cells);
       T* const out = static_cast<T*>(level.out);
       const bool gradient = out != nullptr && (output == Output::kLossAndGradient || output == Output::kGradient);
-      const SoftmaxWork<T, Loss> work = {params,
-                                         loss_fn,
-                                         shared,
-                                         level,
-                                         static_cast<const T*>(level.logits) + base + at,
-                                         gradient ? out + base + at : nullptr,
-                                         count,
-                                         classes,
-                                         rows ? 1 : cells,
-                                         rows ? classes : 1,
-                                         rows ? 1 : count,
-                                         rows ? classes : 1,
-                                         fit > 0,
-                                         level.first_anchor + image_first + m,
-                                         m,
-                                         image_first};
+      const SoftmaxWork<T, Loss, kMasked> work = {params,
+                                                  loss_fn,
+                                                  shared,
+                                                  level,
+                                                  static_cast<const T*>(level.logits) + base + at,
+                                                  gradient ? out + base + at : nullptr,
+                                                  count,
+                                                  classes,
+                                                  rows ? 1 : cells,
+                                                  rows ? classes : 1,
+                                                  rows ? 1 : count,
+                                                  rows ? classes : 1,
+                                                  fit > 0,
+                                                  level.first_anchor + image_first + m,
+                                                  m,
+                                                  image_first,
+                                                  kMasked ? class_mask_of(params, tile.image) : nullptr};
       const int i = int(threadIdx.x);
       __syncthreads();  // the last part is done
       S weight = S(0);
@@ -297,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 3) softmax_kernel(const __grid_const
         weight = work.begin_anchor(i);
         shared.far[i] = false;
       }
-      if (work.kept) work.each([&](int j, int k) { work.room(j, k) = Loss::exponential(work.logit(j, k)); });
+      if (work.kept) work.each([&](int j, int k) { work.room(j, k) = work.exponential(j, k); });
       __syncthreads();
       work.add_up();
       __syncthreads();
@@ -328,19 +340,22 @@ __global__ void __launch_bounds__(kThreads, 3) softmax_kernel(const __grid_const
   }
 }
 
-template <class T, class Loss>
+template <class T, class Loss, bool kMasked>
 void launch_softmax(const KernelParams& params, const Context& context) {
   static std::atomic<int> known[kMaxDevices];
-  const int64_t resident = resident_blocks(softmax_kernel<T, Loss>, known, context);
-  launch(softmax_kernel<T, Loss>, params.levels.tiles < resident ? params.levels.tiles : resident, context, params);
+  const int64_t resident = resident_blocks(softmax_kernel<T, Loss, kMasked>, known, context);
+  launch(softmax_kernel<T, Loss, kMasked>, params.levels.tiles < resident ? params.levels.tiles : resident, context, params);
 }
 
 }  // namespace
 
 template <class T>
 void run_softmax(const KernelParams& params, const Context& context) {
-  with_anchor_loss<Accumulation<T>>(params.loss,
-                                    [&](auto loss) { launch_softmax<T, type_of<decltype(loss)>>(params, context); });
+  with_anchor_loss<Accumulation<T>>(params.loss, [&](auto loss) {
+    using Loss = type_of<decltype(loss)>;
+    params.class_mask == nullptr ? launch_softmax<T, Loss, false>(params, context)
+                                 : launch_softmax<T, Loss, true>(params, context);
+  });
 }
 
 }  // namespace fastfocal::cuda

@@ -22,6 +22,9 @@
 // The base b is 0 for an anchor whose sum of exponentials is in kLeastSum..kMostSum: nothing has to be known before the
 // exponentials are made, each is as exact as its own logit lets it be, and none that counts has come to 0. Elsewhere b is the
 // greatest logit. Infinite logits then are the greatest or least numbers: several that are equal and infinite share p equally.
+//
+// A class that a mask says is absent has t_j = 0 whatever its logit is, so it is in no sum, and is not looked at for the base. It
+// is the kernels that put the 0 there: a logit of -inf would have a share where all logits are -inf.
 #pragma once
 
 #include "loss.h"

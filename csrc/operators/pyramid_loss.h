@@ -62,8 +62,6 @@ struct Checked : CheckedLogits {
       check_scores(*options.scores, *this);
     }
     if (options.class_mask) {
-      FASTFOCAL_CHECK(!takes_anchors(loss.kind), "class_mask: expected none, as loss ", static_cast<int64_t>(loss.kind),
-                      " takes an anchor's classes together");
       const Argument name = {"class_mask"};
       const Facts t(*options.class_mask);
       check_dtype(name, t, ScalarType::Bool);

@@ -18,7 +18,7 @@ from fastfocal import checks, pyramid
 from fastfocal.checks import Levels
 from fastfocal.losses.loss import Loss, Module
 from fastfocal.options import (
-    KeptOptions,
+    CommonOptions,
     ModuleOptions,
     OptionsOfClasses,
     Reduced,
@@ -56,7 +56,8 @@ class SoftmaxFocalLoss(Loss):
             log_q = log_q.detach()
         # exp(gamma log(1 - p)): the derivative of the power itself is infinite at 1 - p = 0 where gamma < 1.
         factor = torch.exp(self.gamma * log_q) if self.gamma else torch.ones_like(log_q)
-        return torch.where(own, -factor * log_p, 0.0)
+        # Twice: the logarithm at a logit of -inf is infinite, and would make the factor's derivative NaN.
+        return torch.where(own, -factor * torch.where(own, log_p, 0.0), 0.0)
 
 
 class SoftmaxFocalLossParameters(TypedDict, total=False):
@@ -64,11 +65,8 @@ class SoftmaxFocalLossParameters(TypedDict, total=False):
     detach_modulating_factor: bool
 
 
-class SoftmaxFocalLossOptions(SoftmaxFocalLossParameters, KeptOptions, total=False):
+class SoftmaxFocalLossOptions(SoftmaxFocalLossParameters, CommonOptions, total=False):
     """The keywords of the function, beside `reduction`."""
-
-    num_classes: int | None
-    weight: Levels | None
 
 
 class FastSoftmaxFocalLossOptions(SoftmaxFocalLossParameters, ModuleOptions, total=False):
@@ -114,20 +112,24 @@ def softmax_focal_loss(
         ignore_index: anchors with this label have zero loss and zero gradient whatever their logits are, NaN too, and do not
             count.
         class_weight: K numbers or a tensor ``(K,)``: the weight of the anchors with that label, as torch's cross_entropy has.
+        class_mask: bool ``(N, K)`` (``(K,)`` for 2-D logits), read in place. False: that class of that image, which may be the
+            background, is absent: it takes no part in the softmax, as if its logit were -inf, and has zero gradient whatever
+            its logits are, NaN too. An anchor with that label has zero loss and zero gradient, and "mean" does not count it;
+            normalizers count anchors all the same.
         weight, level_weights, grad_mode, loss_weight: as :func:`fastfocal.focal_loss` takes them.
         normalizer: as :func:`fastfocal.focal_loss` takes it. The default without a background is the number of anchors that are
             not ignored (at least 1).
         reduction: ``"sum"``; ``"level"``, ``(L,)``; ``"image"``, ``(N,)``; ``"none"``: one loss for each **anchor**, shaped as
             labels, ``(N, H, W, A)`` (``(N, H, W)`` if A is 1), ``(N, M)`` or ``(M,)``. ``"mean"``: the sum over the number of
-            anchors not ignored, without the normalizer. Weights do not count there: torch's cross_entropy divides by the sum of
-            its class weights, which is ``normalizer=class_weight[labels].sum()``.
+            anchors not ignored (and of classes not absent), without the normalizer. Weights do not count there: torch's
+            cross_entropy divides by the sum of its class weights, which is ``normalizer=class_weight[labels].sum()``.
 
     Returns:
         As :func:`fastfocal.focal_loss`. Infinite logits count as the limit: of several equal ones, each has its share of p.
 
     Raises:
-        ValueError, TypeError: as :func:`fastfocal.focal_loss`; soft targets, label smoothing, an alpha and a class_mask are not
-            taken.
+        ValueError, TypeError: as :func:`fastfocal.focal_loss`; soft targets, label smoothing, an alpha, scores and two rows of
+            class_weight are not taken.
     """
     return pyramid.call(SoftmaxFocalLoss, logits, targets, reduction, options)  # type: ignore[arg-type]
 
