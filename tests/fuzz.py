@@ -464,9 +464,10 @@ class Interval:
         high_end = np.where(huge, np.where(number, np.maximum(rounded[1], self.high), rounded[1]), self.high)
         # What is infinite in its dtype is no number times 0.
         no_numbers = [np.isinf(end) & (factor == 0) for end in (low_end, high_end)]
+        never = no_numbers[0] & no_numbers[1] & (low_end == high_end)
         exactly_zero, maybe_zero = (low_end == 0) & (high_end == 0), (low_end <= 0) & (high_end >= 0)
         missing = np.isnan(factor)
-        must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero) | (no_numbers[0] & no_numbers[1]))
+        must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero) | never)
         may_be_nan = ~exactly_zero & (self.must_be_nan | missing | no_numbers[0] | no_numbers[1])
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             ends = [

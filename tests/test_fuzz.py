@@ -16,7 +16,7 @@ from fastfocal.losses import LOSSES
 
 
 @pytest.mark.slow
-@settings(fuzz.PROFILE, max_examples=300, derandomize=True)
+@settings(fuzz.PROFILE, max_examples=400, derandomize=True)
 @given(problem=fuzz.problems())
 def test_any_problem(problem: Problem) -> None:
     fuzz.check(problem)
