@@ -1,6 +1,7 @@
-"""Problems from anywhere in the contract, drawn by hypothesis and held against the float64 oracle.
+"""Problems from anywhere in the contract of every loss, drawn by hypothesis and held against the float64 oracle.
 
     python tests/fuzz.py --examples 20000            # with the CPU kernels; a failure is shrunk and printed
+    python tests/fuzz.py --loss bce_loss             # of one loss alone
     python tests/fuzz.py --seed 7 --examples 500     # the part of it that printed this seed, alone
 
 `test_fuzz.py` runs a short part that is the same every time. A failing `Problem` is printed whole: `fuzz.check(Problem(...))`
@@ -11,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from math import inf, nan
 from typing import Any
 
 import numpy as np
+import oracle_pyramid
 import torch
 from cases import (
+    BACKGROUND,
     FOUR_D,
     OPTION_ROUNDINGS,
     SMALLEST,
@@ -28,7 +31,6 @@ from cases import (
     arrange,
     draw_classes,
     encode,
-    expect,
     lay_out,
     same_bits,
     to_numpy,
@@ -36,18 +38,24 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from oracle import Array, Expected
-from torch import Tensor
+from oracle import Array
+from oracle_pyramid import Expected
+from torch import Tensor, nn
 
 import fastfocal
+from fastfocal.losses import LOSSES
+from fastfocal.losses.loss import Member
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+MEMBERS: dict[str, Member] = {member.parameters.name: member for member in LOSSES}
 
 
 @dataclass(frozen=True, repr=False)
 class Problem:
     """All that a call and its backward depend on, in plain values: what fails is printed, and repeats from what was printed."""
 
+    loss: str = "focal_loss"
+    own: tuple[tuple[str, Any], ...] = ()  # the loss's own parameters that are no defaults
     # logits
     layouts: tuple[str, ...] = ("contiguous",)  # one per level, all of one rank
     images: int = 1
@@ -67,14 +75,12 @@ class Problem:
     convention: tuple[int | None, int] = (None, -1)
     positive: float = 0.25
     ignored: float = 0.125
+    scores: str | None = None  # dtype
+    scores_form: str = "nm"
     # options
-    star: bool = False
-    alpha: Any = 0.25
-    alpha_tensor: bool = False
-    gamma: float = 2.0
-    beta: float = 1.0
-    label_smoothing: float = 0.0
-    detach: bool = False
+    as_tensors: bool = False  # numbers for each class, as one tensor
+    class_weight: tuple[tuple[float, ...], ...] | None = None  # one row, or two
+    class_mask: float | None = None  # the share of classes that are there
     weight: str | None = None  # dtype
     level_weights: tuple[float, ...] | None = None
     loss_weight: float = 1.0
@@ -84,6 +90,8 @@ class Problem:
     grad_mode: str = "auto"
     # how it is called and differentiated
     module: bool = False
+    fused: int | None = None  # bytes: through a last layer that hands on what it gets, in tiles of so many
+    alone: bool = False  # one level: a tensor, not a list
     name_classes: bool = True
     incoming: tuple[float, ...] = (1.0,)  # cycled over the incoming gradient's numbers
     incoming_form: str = "dense"
@@ -108,8 +116,21 @@ class Problem:
         return 2 if self.layouts[0] in TWO_D else 3 if self.layouts[0] in THREE_D else 4
 
     @property
+    def numbers(self) -> dict[str, Any]:
+        """The loss's own parameters."""
+        return dict(self.own)
+
+    @property
+    def activated(self) -> bool:
+        """The logits are probabilities."""
+        return bool(self.numbers.get("activated"))
+
+    @property
     def mode(self) -> str:
         """What "auto" means."""
+        if self.fused is not None:
+            recompute = self.grad_mode == "recompute" or self.reduction in ("level", "image")
+            return "recompute" if recompute else "save"
         if self.grad_mode != "auto":
             return self.grad_mode
         return "recompute" if self.dtype == "float16" or self.reduction == "none" else "save"
@@ -132,20 +153,62 @@ LARGE = ((1, 257), (16, 16), (31, 33), (1, 4097), (2, 4096), (64, 65))  # whole 
 SIXTEENTHS = st.integers(0, 16).map(lambda n: n / 16)
 # Weights are 0 or well within the kernels' numbers: one that is nearly 0 counts as 0 beside an infinite loss.
 SHARE = st.floats(0, 1, width=32).map(lambda x: x if x > 1e-6 else 0.0)
-SIGNED = st.floats(-2, 2, width=32).map(lambda x: x if abs(x) > 1e-6 else 0.0)
+SIGNED = (
+    st.sampled_from((1.0, 0.5, -1.5, 0.3, 0.0)) | st.floats(2**-19, 2, width=32) | st.floats(-2, -(2**-19), width=32)
+)
 POSITIVE = st.floats(2**-6, 64, width=32)
-GAMMA = st.sampled_from((2.0, 0.0, 1.0, 0.5, 1.5, 3.0)) | st.floats(0, 10, allow_subnormal=False)
+# A positive exponent that float32 has as 0 makes 1 of 0^gamma.
+GAMMA = st.sampled_from((2.0, 0.0, 1.0, 0.5, 1.5, 3.0, 20.0, 100.0)) | st.floats(1e-30, 10)
+FLAG = st.booleans()
+ALPHA = st.just(0.25) | st.none() | st.just(-1.0) | SHARE  # or one for each class
+# The loss's own parameters, each with what is drawn for it.
+OWN: dict[str, dict[str, Any]] = {
+    "focal_loss": {
+        "alpha": ALPHA,
+        "gamma": GAMMA,
+        "label_smoothing": st.sampled_from((0.0, 0.0, 0.1, 0.125, 1.0)) | SHARE,
+        "detach_modulating_factor": FLAG,
+    },
+    "focal_loss_star": {
+        "alpha": ALPHA,
+        "gamma": GAMMA.filter(lambda gamma: gamma >= 2**-6),
+        "beta": st.sampled_from((1.0, 0.0)) | SIGNED,
+    },
+    "varifocal_loss": {
+        "alpha": st.sampled_from((0.75, 0.0, 1.0)) | POSITIVE,
+        "gamma": GAMMA,
+        "iou_weighted": FLAG,
+        "detach_modulating_factor": FLAG,
+    },
+    "quality_focal_loss": {"beta": GAMMA, "activated": st.sampled_from((False, False, True))},
+    "matchability_aware_loss": {"gamma": GAMMA, "alpha": st.sampled_from((None, 0.0, 1.0)) | POSITIVE},
+    "iou_aware_bce_loss": {"alpha": SIXTEENTHS | SHARE, "gamma": GAMMA},
+    "bce_loss": {},
+    "gaussian_focal_loss": {
+        "alpha": GAMMA,
+        "gamma": GAMMA,
+        "eps": st.sampled_from((0.0, 1e-4, 1e-12, 0.25, 0.49)) | st.floats(1e-6, 0.49),
+    },
+    "asymmetric_loss": {
+        "gamma_pos": GAMMA,
+        "gamma_neg": GAMMA,
+        "clip": st.sampled_from((0.05, None, 0.0, 0.5, 1.0)) | SHARE,
+        "detach_modulating_factor": FLAG,
+    },
+    "softmax_focal_loss": {"gamma": GAMMA, "detach_modulating_factor": FLAG},
+}
 FORMS = ("nm", "nm_strided", "one", "one_transposed", "one_strided", "nhwa", "nhwa_permuted", "nhw")
 
 
 def sizes(draw: Any, rank: int) -> Size:
     kind = draw(st.integers(0, 99))
-    images = 1 if rank == 2 else draw(st.integers(0, 3))
+    images = 1 if rank == 2 else draw(st.sampled_from((1, 2, 3, 1, 2, 3, 2, 0)))
     if kind == 0:  # more classes than 16 bits count; more levels than a launch takes
         return Size(1, 1, draw(st.sampled_from((32767, 32768, 32769))), ((1, 2),))
     if kind < 4:
         return Size(images, 1, 2, tuple((1, 1 + i % 3) for i in range(draw(st.integers(16, 18)))))
-    small = st.tuples(st.integers(0, 6), st.integers(0, 6))
+    side = st.sampled_from((1, 2, 3, 4, 5, 6, 4, 3, 2, 0))
+    small = st.tuples(side, side)
     if kind < 20:
         cells = draw(st.lists(small | st.sampled_from(LARGE), min_size=1, max_size=2))
         return Size(min(images, 2), draw(st.integers(1, 2)), draw(st.integers(1, 3)), tuple(cells))
@@ -153,8 +216,20 @@ def sizes(draw: Any, rank: int) -> Size:
     return Size(images, draw(st.integers(1, 4)), classes, tuple(draw(st.lists(small, min_size=1, max_size=4))))
 
 
+def own_parameters(draw: Any, loss: str, classes: int) -> tuple[tuple[str, Any], ...]:
+    drawn = {}
+    for name, values in OWN[loss].items():
+        if values is ALPHA and classes < 100 and draw(st.integers(0, 3)) == 0:
+            values = st.lists(SIXTEENTHS | SHARE, min_size=classes, max_size=classes).map(tuple)
+        if draw(st.integers(0, 3)):  # else the default
+            drawn[name] = draw(values)
+    return tuple(drawn.items())
+
+
 @st.composite
-def problems(draw: Any) -> Problem:
+def problems(draw: Any, losses: Sequence[str] = tuple(OWN)) -> Problem:
+    loss = draw(st.sampled_from(losses))
+    member = MEMBERS[loss].parameters
     of_rank = draw(st.sampled_from((FOUR_D, FOUR_D, FOUR_D, THREE_D, TWO_D)))
     rank = {FOUR_D: 4, THREE_D: 3, TWO_D: 2}[of_rank]
     size = sizes(draw, rank)
@@ -164,8 +239,11 @@ def problems(draw: Any) -> Problem:
     if "expanded" in layouts and size.images == 0:
         size = replace(size, images=1)
     dtype = draw(st.sampled_from(DTYPES))
-    star = draw(st.integers(0, 4)) == 0
-    targets = draw(st.sampled_from(("labels", "labels", "sixteenths", "hard", "uniform", "ends")))
+    soft_targets = ("sixteenths", "hard", "uniform", "ends")
+    kinds = {"labels": ("labels",), "soft": soft_targets, "either": ("labels", "labels", *soft_targets)}
+    targets = draw(st.sampled_from(kinds[member.targets]))
+    scores = draw(st.sampled_from((None, *DTYPES))) if member.takes_scores and targets == "labels" else None
+    own = own_parameters(draw, loss, size.classes)
     forms = [f for f in FORMS if rank == 4 or f in ("nm", "nm_strided", "one", "one_strided")]
     if size.anchors > 1:
         forms = [f for f in forms if f != "nhw"]
@@ -174,6 +252,14 @@ def problems(draw: Any) -> Problem:
     mode = draw(st.sampled_from(("auto", "save", "recompute", "inplace")))
     if any("transposed" in layout for layout in layouts) and mode == "inplace":
         mode = "save"  # in place the kernels' own orders are asked for
+    if integers == "uint8" or size.classes > 200:
+        conventions: Any = st.just((None, -1)) if size.classes > 200 else st.sampled_from(CONVENTIONS[integers])
+    else:
+        conventions = st.sampled_from(CONVENTIONS[integers])
+    if member.takes_anchors:  # background is one of the classes, or there is none
+        ignored_label = 255 if integers == "uint8" else draw(st.sampled_from((-1, -100, 0, size.classes)))
+        backgrounds = [None, *(k for k in {0, size.classes - 1} if k != ignored_label)]
+        conventions = st.sampled_from(backgrounds).map(lambda background: (background, ignored_label))
     numbers = st.lists(st.sampled_from(INCOMING), min_size=1, max_size=5).map(tuple)
     normalizers: list[Any] = [
         st.none(),
@@ -181,15 +267,20 @@ def problems(draw: Any) -> Problem:
         POSITIVE.map(lambda n: (n,)),
         st.lists(POSITIVE, min_size=size.images, max_size=size.images).map(tuple),
     ]
-    if targets == "labels":
+    if targets == "labels" or member.positive_target is not None:
         normalizers += [st.just("positives"), st.just("positives_per_image")] * 2
-    alphas: list[Any] = [st.just(0.25), st.none(), st.just(-1.0), SHARE]
-    if size.classes < 100:
-        alphas.append(st.lists(SIXTEENTHS | SHARE, min_size=size.classes, max_size=size.classes).map(tuple))
+    if scores is not None:
+        normalizers += [st.just("scores")] * 2
+    class_weight = None
+    if size.classes < 100 and draw(st.integers(0, 2)) == 0:
+        row = st.lists(SIGNED, min_size=size.classes, max_size=size.classes).map(tuple)
+        class_weight = tuple(draw(row) for _ in range(1 if member.takes_anchors else draw(st.integers(1, 2))))
     place = st.tuples(
         st.integers(0, levels - 1), st.integers(0, 10**4), st.sampled_from(SPECIAL) | st.floats(-28, 28, width=32)
     )
-    return Problem(
+    problem = Problem(
+        loss=loss,
+        own=own,
         layouts=tuple(layouts),
         images=size.images,
         anchors=size.anchors,
@@ -199,21 +290,21 @@ def problems(draw: Any) -> Problem:
         seed=draw(st.integers(0, 2**31)),
         spread=draw(st.sampled_from((4.0, 1.0, 0.1, 12.0))),
         places=tuple(draw(st.lists(place, max_size=6))),
-        needs_grad=tuple(draw(st.lists(st.sampled_from((True, True, True, False)), min_size=levels, max_size=levels))),
+        needs_grad=tuple(
+            draw(st.lists(st.sampled_from((True, True, True, True, True, False)), min_size=levels, max_size=levels))
+        ),
         targets=targets,
         target_dtype=integers if targets == "labels" else draw(st.just(dtype) | st.sampled_from(DTYPES)),
         form=draw(st.sampled_from(forms)),
         soft_layout=draw(st.sampled_from(("logits", "contiguous", "expanded"))),
-        convention=(None, -1) if size.classes > 200 else draw(st.sampled_from(CONVENTIONS[integers])),
+        convention=draw(conventions),
         positive=draw(SIXTEENTHS),
         ignored=draw(SIXTEENTHS),
-        star=star,
-        alpha=draw(st.one_of(alphas)),
-        alpha_tensor=draw(st.booleans()),
-        gamma=draw(GAMMA.filter(lambda gamma: gamma >= 2**-6) if star else GAMMA),
-        beta=draw(st.sampled_from((1.0, 0.0)) | SIGNED),
-        label_smoothing=draw(st.sampled_from((0.0, 0.0, 0.1, 0.125, 1.0)) | SHARE),
-        detach=draw(st.sampled_from((False, False, True))),
+        scores=scores,
+        scores_form=draw(st.sampled_from(forms)),
+        as_tensors=draw(st.booleans()),
+        class_weight=class_weight,
+        class_mask=None if member.takes_anchors else draw(st.sampled_from((None, None, None, 0.75, 0.5, 0.9, 0.1))),
         weight=draw(st.sampled_from((None, None, *DTYPES))),
         level_weights=draw(st.none() | st.lists(SIGNED, min_size=levels, max_size=levels).map(tuple)),
         loss_weight=draw(st.just(1.0) | SIGNED),
@@ -222,11 +313,37 @@ def problems(draw: Any) -> Problem:
         reduction=reduction,
         grad_mode=mode,
         module=draw(st.booleans()),
+        alone=draw(st.booleans()),
         name_classes=draw(st.booleans()),
         incoming=draw(st.just((1.0,)) | numbers),
         incoming_form=draw(st.sampled_from(("dense", "strided", "expanded"))),
         again=draw(st.none() | numbers),
         undifferentiated=draw(st.none() | st.integers(0, levels - 1)),
+    )
+    if draw(st.integers(0, 4)) == 4:
+        problem = fused(problem, draw(st.sampled_from((1, 2000, 2**20))))
+    return problem
+
+
+def fused(problem: Problem, chunk_bytes: int) -> Problem:
+    """The same through a layer, where that can be: it multiplies all other logits by 0, so there must be numbers alone.
+
+    Its float16 gradients are rounded in other places, which its own tests know.
+    """
+
+    def numbers(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(number for number in values if abs(number) < 1e6) or (1.0,)
+
+    channels = problem.classes * (problem.anchors if problem.rank == 4 else 1)
+    if problem.dtype == "float16" or problem.activated or channels > 64:
+        return problem
+    return replace(
+        problem,
+        fused=chunk_bytes,
+        reduction="sum" if problem.reduction == "none" else problem.reduction,
+        places=tuple(place for place in problem.places if abs(place[2]) < 1e6),
+        incoming=numbers(problem.incoming),
+        again=None if problem.again is None else numbers(problem.again),
     )
 
 
@@ -238,7 +355,8 @@ def make_levels(problem: Problem, generator: torch.Generator) -> list[Tensor]:
     drawn = []
     for h, w in size.cells:
         x = torch.randn(size.images, size.anchors * size.classes, h, w, generator=generator, dtype=torch.float64)
-        drawn.append((problem.spread * x).clamp(-28, 28).to(getattr(torch, problem.dtype)))
+        x = (problem.spread * x).clamp(-28, 28)
+        drawn.append((x.sigmoid() if problem.activated else x).to(getattr(torch, problem.dtype)))
     for level, at, value in problem.places:
         if problem.targets in ("uniform", "ends") and abs(value) == inf:
             # Infinity times a power that the kernels' numbers cannot hold: whether that is infinite or 0 is left open.
@@ -278,6 +396,27 @@ def make_weight(problem: Problem, generator: torch.Generator) -> list[Tensor]:
         draw = torch.rand(problem.images, anchors, generator=generator) + 0.25
         made.append(torch.where(draw < 0.35, 0, torch.where(draw > 1.15, -draw, draw)).to(dtype))
     return made
+
+
+def make_scores(problem: Problem, drawn: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Half of the positives' anywhere, half at the ends; the others', which nobody looks at, are no numbers."""
+    made = []
+    for assigned in drawn:
+        ends = torch.tensor([0, 1, 1e-30, 1e-6, 1 - 2**-8, 1 - 2**-24])
+        draw, which = torch.rand(2, *assigned.shape, generator=generator)
+        score = torch.where(which < 0.5, draw, ends[(draw * 6).long()])
+        made.append(torch.where(assigned < 0, nan, score).to(getattr(torch, problem.scores or "float32")))
+    return made
+
+
+def make_layer(problem: Problem) -> nn.Module:
+    """One that hands on what it gets."""
+    dtype = getattr(torch, problem.dtype)
+    channels = problem.classes * (problem.anchors if problem.rank == 4 else 1)
+    layer = nn.Conv2d(channels, channels, 1, bias=False) if problem.rank == 4 else nn.Linear(channels, channels, False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(channels).view(layer.weight.shape))
+    return layer.to(dtype).requires_grad_(False)
 
 
 def make_incoming(problem: Problem, like: Tensor, numbers: Sequence[float], start: int) -> Tensor:
@@ -323,12 +462,18 @@ class Interval:
         huge, number = ~(np.abs(factor) < 2.0**50), np.isfinite(factor)
         low_end = np.where(huge, np.where(number, np.minimum(rounded[0], self.low), rounded[0]), self.low)
         high_end = np.where(huge, np.where(number, np.maximum(rounded[1], self.high), rounded[1]), self.high)
+        # What is infinite in its dtype is no number times 0.
+        no_numbers = [np.isinf(end) & (factor == 0) for end in (low_end, high_end)]
+        never = no_numbers[0] & no_numbers[1] & (low_end == high_end)
         exactly_zero, maybe_zero = (low_end == 0) & (high_end == 0), (low_end <= 0) & (high_end >= 0)
         missing = np.isnan(factor)
-        must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero))
-        may_be_nan = ~exactly_zero & (self.must_be_nan | missing)
+        must_be_nan = ~exactly_zero & (self.must_be_nan | (missing & ~maybe_zero) | never)
+        may_be_nan = ~exactly_zero & (self.must_be_nan | missing | no_numbers[0] | no_numbers[1])
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            ends = [np.where((end == 0) | missing, 0, end * factor) for end in (low_end, high_end)]
+            ends = [
+                np.where((end == 0) | missing | no, 0, end * factor)
+                for end, no in zip((low_end, high_end), no_numbers, strict=True)
+            ]
             low, high = np.minimum(*ends), np.maximum(*ends)
             # The product is rounded to the kernels' own precision first.
             slack = (2.0**-52 if self.dtype == torch.float64 else 2.0**-23) * np.maximum(np.abs(low), np.abs(high))
@@ -360,13 +505,26 @@ def _rounded(values: Array, dtype: torch.dtype) -> Array:
     return np.asarray(torch.from_numpy(np.array(values, dtype=np.float64)).to(dtype).double().numpy())
 
 
-def flush(problem: Problem, levels: Sequence[Array], expected: Expected) -> list[Array]:
-    """How far a result is off where (1 - p_t)^gamma, below the least normal number, became 0: by what multiplies it."""
+def promised(problem: Problem, exponent: float) -> float:
+    """Relative, before the rounding to 16 bits: for exponents beyond 10 it grows with them (docs/usage.md)."""
+    dtype = getattr(torch, problem.dtype)
+    if problem.loss == "bce_loss":
+        exponent = 2.0  # none, so the least that is promised
+    relative = tolerance(dtype, exponent)
+    if problem.numbers.get("detach_modulating_factor"):
+        relative += OPTION_ROUNDINGS[_wide(dtype)]
+    beyond = max(0.0, exponent - 10)
+    return relative + (1e-13 if dtype == torch.float64 else 5e-7) * beyond
+
+
+def flush(problem: Problem, levels: Sequence[Array], expected: Expected, exponent: float) -> list[Array]:
+    """How far a result is off where a power, below the least normal number, became 0: by what multiplies it."""
     least = SMALLEST[torch.float64 if problem.dtype == "float64" else torch.float32]
-    shift = abs(problem.beta) if problem.star else 0.0
+    shift = abs(problem.numbers.get("beta", 1.0)) if problem.loss == "focal_loss_star" else 0.0
+    if problem.activated:  # torch's binary_cross_entropy: derivatives of 1e12, logarithms of -100
+        shift = 1e12
     return [
-        least
-        * (1 + np.abs(factor) * (1 + problem.gamma) * (2 + shift + np.minimum(np.nan_to_num(np.abs(x), nan=0), 1e5)))
+        least * (1 + np.abs(factor) * (1 + exponent) * (2 + shift + np.minimum(np.nan_to_num(np.abs(x), nan=0), 1e5)))
         for x, factor in zip(levels, expected.factors, strict=True)
     ]
 
@@ -379,48 +537,53 @@ def check(problem: Problem) -> None:
     background, ignore = problem.convention
     options: dict[str, Any] = {
         "num_classes": size.classes,
-        "alpha": list(problem.alpha) if isinstance(problem.alpha, tuple) else problem.alpha,
-        "gamma": problem.gamma,
         "background_index": background,
         "ignore_index": ignore,
         "level_weights": None if problem.level_weights is None else list(problem.level_weights),
         "normalizer": problem.normalizer,
         "reduction": problem.reduction,
-        "grad_mode": problem.grad_mode,
         "loss_weight": problem.loss_weight,
     }
-    if problem.star:
-        options["beta"] = problem.beta
-    else:
-        options |= {"label_smoothing": problem.label_smoothing, "detach_modulating_factor": problem.detach}
-    if isinstance(problem.alpha, tuple) and problem.alpha_tensor:
-        options["alpha"] = torch.tensor(problem.alpha, dtype=torch.float64)
+    own = {name: as_given(value, problem.as_tensors) for name, value in problem.own}
+    if problem.class_weight is not None:
+        rows = problem.class_weight
+        options["class_weight"] = as_given(rows if len(rows) > 1 else rows[0], problem.as_tensors)
     if isinstance(problem.normalizer, tuple):
         tensor = torch.tensor(problem.normalizer, dtype=getattr(torch, problem.normalizer_dtype))
         options["normalizer"] = tensor[0] if len(problem.normalizer) == 1 else tensor
     if problem.targets == "labels":
         drawn = draw_classes(size, generator, positive=problem.positive, ignored=problem.ignored)
-        labels = [y.to(getattr(torch, problem.target_dtype)) for y in encode(drawn, size.classes, background, ignore)]
+        labels = encode(drawn, size.classes, background, ignore)
+        if MEMBERS[problem.loss].parameters.takes_anchors:
+            none = [torch.where(y == BACKGROUND, background or 0, y) for y in drawn]
+            labels = [torch.where(y < 0, ignore, y) for y in none]
+        labels = [y.to(getattr(torch, problem.target_dtype)) for y in labels]
         targets: Any = arrange(labels, size, problem.form, rank=rank)
+        if problem.scores is not None:
+            options["scores"] = arrange(make_scores(problem, drawn, generator), size, problem.scores_form, rank=rank)
     else:
         targets = make_soft_targets(problem, levels, generator)
     numbers = [to_numpy(x) for x in levels]
     if problem.weight is not None:
         options["weight"] = arrange(make_weight(problem, generator), size, problem.form, rank=rank)
+    if problem.class_mask is not None:
+        shape = (size.classes,) if rank == 2 else (size.images, size.classes)
+        options["class_mask"] = torch.rand(shape, generator=generator) < problem.class_mask
 
     # What is promised.
     dtype = getattr(torch, problem.dtype)
-    expected = expect(levels, targets, **options)
-    relative = tolerance(dtype, problem.gamma)
-    if problem.detach:
-        relative += OPTION_ROUNDINGS[_wide(dtype)]
-    bounds = flush(problem, numbers, expected)
+    formula = oracle_pyramid.LOSSES[problem.loss](**{name: to_numpy(value) for name, value in own.items()})
+    relative = promised(problem, formula.exponent)
+    in_numpy = {name: to_numpy(value) for name, value in options.items()}
+    expected = oracle_pyramid.pyramid_loss(numbers, to_numpy(targets), formula, relative=relative, **in_numpy)
+    bounds = flush(problem, numbers, expected, formula.exponent)
+    options |= {"grad_mode": problem.grad_mode, **own}
 
     # The call.
     watched = [t for t in _tensors([targets, options]) if t.device.type == "cpu"]
     before = [t.clone() for t in watched]
     inputs = [x.detach().requires_grad_(need) for x, need in zip(levels, problem.needs_grad, strict=True)]
-    inplace = problem.mode == "inplace"
+    inplace = problem.mode == "inplace" and problem.fused is None
     given_levels = [x.clone() if inplace and x.requires_grad else x for x in inputs]
     call_options = dict(options)
     if not problem.name_classes and (rank != 4 or (problem.targets != "labels" and size.anchors == 1)):
@@ -434,14 +597,15 @@ def check(problem: Problem) -> None:
     # The loss.
     parts = loss if isinstance(loss, list) else [loss]
     wants = expected.loss if problem.reduction == "none" else [expected.loss]
-    sums = expected.sizes if problem.reduction == "none" else [expected.sizes]
-    flushes = bounds if problem.reduction == "none" else [sum(float(b.sum()) for b in bounds)]
+    errors = expected.loss_bound if problem.reduction == "none" else [expected.loss_bound]
+    flushes: list[Any] = [sum(float(b.sum()) for b in bounds)]
+    if problem.reduction == "none":  # of an anchor that has one loss, all that its logits have
+        flushes = [b if b.shape == w.shape else np.full(w.shape, b.sum()) for b, w in zip(bounds, wants, strict=True)]
     result = dtype if problem.reduction == "none" else _wide(dtype)
     assert len(parts) == len(wants)
-    for level, (got, want, summed, flushed) in enumerate(zip(parts, wants, sums, flushes, strict=True)):
+    for level, (got, want, error, flushed) in enumerate(zip(parts, wants, errors, flushes, strict=True)):
         assert got.dtype == result, f"loss[{level}]: {got.dtype}"
-        with np.errstate(invalid="ignore"):
-            bound = relative * np.asarray(summed) + flushed
+        bound = np.asarray(error) + flushed
         Interval.around(np.asarray(want, dtype=np.float64), bound, result).assert_holds(got, f"loss[{level}]")
 
     # The gradient.
@@ -449,25 +613,52 @@ def check(problem: Problem) -> None:
     assert all(part.requires_grad == bool(wanted) for part in parts)
     if wanted:
         first = differentiate(problem, parts, inputs, problem.incoming, problem.again is not None)
-        check_gradients(problem, first, levels, expected, relative, bounds, problem.incoming, "gradient")
+        check_gradients(problem, first, levels, expected, bounds, problem.incoming, "gradient")
         if problem.again is not None:
             kept = [g.clone() for g in first]
             second = differentiate(problem, parts, inputs, problem.again, False)
-            check_gradients(problem, second, levels, expected, relative, bounds, problem.again, "second gradient")
+            check_gradients(problem, second, levels, expected, bounds, problem.again, "second gradient")
             assert all(map(same_bits, first, kept)), "the second backward changed what the first had handed out"
     unchanged = [np.array_equal(to_numpy(x), n, equal_nan=True) for x, n in zip(inputs, numbers, strict=True)]
     assert all(unchanged), "logits were changed"
 
 
+def as_given(value: Any, as_tensor: bool) -> Any:
+    """Numbers for each class as callers have them: tuples are for printing."""
+    if not isinstance(value, tuple):
+        return value
+    if as_tensor:
+        return torch.tensor(value, dtype=torch.float64)
+    return [list(row) if isinstance(row, tuple) else row for row in value]
+
+
 def call(problem: Problem, levels: list[Tensor], targets: Any, options: dict[str, Any]) -> Any:
-    if problem.module and "num_classes" in options:
-        kind = fastfocal.FastFocalLossStar if problem.star else fastfocal.FastFocalLoss
-        weight = options.pop("weight", None)
+    logits: Any = levels[0] if problem.alone and len(levels) == 1 else levels
+    member = MEMBERS[problem.loss]
+    if problem.fused is None and not (problem.module and "num_classes" in options):
+        loss = member.function(logits, targets, **options)
+    elif problem.fused is not None and not problem.module and problem.loss in FUSED:
+        kind = "conv" if problem.rank == 4 else "linear"
+        options["anchor_weight"] = options.pop("weight", None)
+        weight = make_layer(problem).weight
+        fused: Callable[..., Tensor] = getattr(fastfocal, f"{kind}_{problem.loss}")
+        options["num_classes"] = problem.classes
+        loss = fused(logits, weight, None, targets, chunk_bytes=problem.fused, **options)
+    else:
+        of_call = {name: options.pop(name) for name in ("weight", "scores", "class_mask") if name in options}
         if isinstance(options["normalizer"], Tensor):
-            normalizer = options.pop("normalizer")
-            return kind(**options)(levels, targets, weight=weight, normalizer=normalizer)
-        return kind(**options)(levels, targets, weight=weight)
-    return (fastfocal.focal_loss_star if problem.star else fastfocal.focal_loss)(levels, targets, **options)
+            of_call["normalizer"] = options.pop("normalizer")
+        module = member.module(**{"num_classes": problem.classes, **options})
+        if problem.fused is None:
+            loss = module(logits, targets, **of_call)
+        else:
+            loss = module.fused_with(make_layer(problem), logits, targets, chunk_bytes=problem.fused, **of_call)
+    if problem.reduction == "none":
+        assert isinstance(loss, Tensor if logits is not levels else list)
+    return loss
+
+
+FUSED = ("focal_loss", "focal_loss_star")  # of which there are functions, beside the modules' method
 
 
 def differentiate(
@@ -484,19 +675,26 @@ def differentiate(
     )
 
 
-def factors(problem: Problem, levels: Sequence[Tensor], numbers: Sequence[float]) -> list[Array]:
+def factors(problem: Problem, levels: Sequence[Tensor], expected: Expected, numbers: Sequence[float]) -> list[Array]:
     """The incoming gradient at every logit."""
-    made = []
+    made: list[Array] = []
     for level, x in enumerate(levels):
         if problem.reduction == "none":
             if level == problem.undifferentiated and len(levels) > 1:
                 made.append(np.zeros(x.shape))
                 continue
-            incoming = make_incoming(problem, torch.empty(x.shape, dtype=x.dtype), numbers, level).double()
+            shape = expected.loss[level].shape
+            incoming = make_incoming(problem, torch.empty(shape, dtype=x.dtype), numbers, level).double()
+            if shape != x.shape:
+                of_image, of_anchor = expected.anchors[level]
+                incoming = incoming.flatten()[
+                    torch.from_numpy(of_image * (incoming.numel() // max(1, problem.images)) + of_anchor)
+                ]
         else:
             count = {"level": len(levels), "image": problem.images}.get(problem.reduction)
-            shape = () if count is None else (count,)
-            incoming = make_incoming(problem, torch.empty(shape, dtype=_wide(x.dtype)), numbers, 0).double()
+            incoming = make_incoming(
+                problem, torch.empty(() if count is None else (count,), dtype=_wide(x.dtype)), numbers, 0
+            ).double()
             if problem.reduction == "level":
                 incoming = incoming[level]
             elif problem.reduction == "image":
@@ -510,12 +708,11 @@ def check_gradients(
     found: Sequence[Tensor],
     levels: Sequence[Tensor],
     expected: Expected,
-    relative: float,
     bounds: Sequence[Array],
     numbers: Sequence[float],
     what: str,
 ) -> None:
-    incoming = factors(problem, levels, numbers)
+    incoming = factors(problem, levels, expected, numbers)
     wanted = [level for level, need in enumerate(problem.needs_grad) if need]
     assert len(found) == len(wanted)
     for got, level in zip(found, wanted, strict=True):
@@ -523,12 +720,12 @@ def check_gradients(
         assert got.dtype == x.dtype
         layout = x if fastfocal.checks.is_dense(x) else torch.empty_like(x)
         for n, stride, expected_stride in zip(x.shape, got.stride(), layout.stride(), strict=True):
+            if problem.fused is not None:
+                break  # the layer's own backward made it
             assert n == 1 or got.numel() == 0 or stride == expected_stride, f"{what} of level {level}: {got.stride()}"
-        magnitude, want, factor = (values[level] for values in (expected.magnitudes, expected.grads, expected.factors))
-        with np.errstate(invalid="ignore"):
-            bound = relative * magnitude + bounds[level]
+        error, want, factor = (values[level] for values in (expected.grad_bounds, expected.grads, expected.factors))
         # What is ignored or has a weight of 0 is 0 exactly, and so is what float64 has as 0 in fewer bits.
-        bound = np.where((factor == 0) | ((magnitude == 0) & (x.dtype != torch.float64)), 0, bound)
+        bound = np.where((factor == 0) | ((error == 0) & (x.dtype != torch.float64)), 0, error + bounds[level])
         # Recomputed, the incoming gradient is multiplied in before the one rounding.
         gradient = Interval.around(want, bound, x.dtype, rounded=problem.mode != "recompute")
         gradient.times(incoming[level]).assert_holds(got, f"{what} of level {level}")
@@ -550,7 +747,9 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=int(time.time()), help="of the first 500 examples; later ones count on"
     )
+    parser.add_argument("--loss", choices=list(OWN), help="this one alone")
     arguments = parser.parse_args()
+    losses = [arguments.loss] if arguments.loss else list(OWN)
     with tqdm(total=arguments.examples, unit=" problems", mininterval=1) as bar:
         first = arguments.seed
         while bar.n < arguments.examples:
@@ -559,7 +758,7 @@ def main() -> None:
 
             @seed(start)
             @settings(PROFILE, max_examples=wanted)
-            @given(problem=problems())
+            @given(problem=problems(losses))
             def run(problem: Problem) -> None:
                 bar.update()
                 check(problem)
@@ -567,7 +766,8 @@ def main() -> None:
             try:
                 run()
             except BaseException:
-                print(f"\nfound with --seed {start} --examples {wanted}", flush=True)
+                only = f" --loss {arguments.loss}" if arguments.loss else ""
+                print(f"\nfound with --seed {start} --examples {wanted}{only}", flush=True)
                 raise
             first += 1
     print(f"{bar.n} problems, seeds {arguments.seed} to {first - 1}: every loss and gradient as the oracle has them")

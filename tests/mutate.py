@@ -2,6 +2,7 @@
 
     python tests/mutate.py --mutants 100 --seed 1          # in a scratch copy under build/; stopped, it goes on where it was
     python tests/mutate.py --mutants 100 --seed 1 --table  # what is known by now
+    python tests/mutate.py --kind fastfocal --only losses/ # in Python files of losses alone, beside the extension as it is here
 
 A mistake is an operator, a bound, a sign, a comparison, a constant or a check that is changed or gone. C++ is compiled anew
 with -O1 and without CUDA; a mistake that does not compile is no mistake, and another one takes its place. Kernels run on each
@@ -21,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,13 +33,17 @@ TREE = WORK / "tree"
 TIMEOUT = 900  # seconds; an endless loop is noticed by it
 
 KERNEL_TESTS = ["edges", "kernels", "options", "formula", "grad_modes", "star", "labels", "detached_factor", "determinism",
-                "operator_checks", "errors", "properties", "scores", "fuzz"]  # fmt: skip
+                "operator_checks", "errors", "properties", "scores", "losses", "softmax_focal", "fuzz"]  # fmt: skip
 PYTHON_TESTS = ["errors", "module", "edges", "options", "grad_modes", "autograd", "torchvision_function", "star", "labels",
-                "detached_factor", "properties", "fuzz", "bad_input", "compile"]  # fmt: skip
+                "detached_factor", "properties", "fuzz", "bad_input", "losses", "softmax_focal", "shared_options", "scores",
+                "registry", "compile"]  # fmt: skip
+# Asked first, for files of these folders.
+FOLDER_TESTS = {"losses": ["losses", "softmax_focal", "star", "shared_options", "module"],
+                "heads": ["heads", "head_tiles", "head_autograd", "head_errors"]}  # fmt: skip
 # Files compiled once for each instruction set.
 BY_INSTRUCTION_SET = ("vec.h", "avx512.h", "avx2.h", "portable.h", "vec_math.h", "tiles.h", "tile_fast.h", "tile_dense.h",
-                      "tile_generic.h", "pack_chunk.h", "packed_labels.h", "elementary.h", "half.h",
-                      *(path.name for path in (ROOT / "csrc" / "losses").glob("*.h")))  # fmt: skip
+                      "tile_generic.h", "tile_second.h", "tile_softmax.h", "pack_chunk.h", "packed_labels.h", "elementary.h",
+                      "half.h", *(path.name for path in (ROOT / "csrc" / "losses").glob("*.h")))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -198,12 +204,16 @@ def python_mutants(file: str, text: str) -> Iterator[Mutant]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+def python_files() -> list[Path]:
+    return sorted(path for folder in ("", "losses", "heads") for path in (ROOT / "fastfocal" / folder).glob("*.py"))
+
+
 def all_mutants() -> dict[str, list[Mutant]]:
     """By kind: what is in csrc/, and what is in fastfocal/."""
     found: dict[str, list[Mutant]] = {"csrc": [], "fastfocal": []}
     for path in sorted(path for path in (ROOT / "csrc").rglob("*.*") if "cuda" not in path.parts):
         found["csrc"] += cpp_mutants(str(path.relative_to(ROOT)), path.read_text())
-    for path in sorted((ROOT / "fastfocal").glob("*.py")):
+    for path in python_files():
         if path.name not in ("__main__.py", "__init__.py", "reference.py"):
             found["fastfocal"] += python_mutants(str(path.relative_to(ROOT)), path.read_text())
     return found
@@ -257,8 +267,11 @@ def capabilities() -> list[str]:
     return sets[command(["-c", code]).stdout.split()[-1]]
 
 
-def prepare() -> list[str]:
-    """A fresh copy of the sources, built; the instruction sets of this processor."""
+def prepare(kind: str) -> list[str]:
+    """A fresh copy of the sources, built; the instruction sets of this processor.
+
+    Mistakes in Python alone need no compiler: there the copy gets the extension that the checkout has, if it has one.
+    """
     for name in ("csrc", "fastfocal", "tests"):
         shutil.rmtree(TREE / name, ignore_errors=True)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -267,7 +280,10 @@ def prepare() -> list[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():
             shutil.copy2(ROOT / name, target)
-    if not build():
+    built = ROOT / "fastfocal" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if kind == "fastfocal" and built.exists():
+        shutil.copy2(built, TREE / "fastfocal" / built.name)
+    elif not build():
         sys.exit("the sources do not build without a mistake")
     (extension,) = (TREE / "fastfocal").glob("_C.*.so")
     shutil.copy2(extension, WORK / extension.name)
@@ -288,6 +304,12 @@ def failures(done: subprocess.CompletedProcess[str]) -> list[str]:
     return re.findall(r"^(?:FAILED|ERROR) (\S+?\.py(?:::.+?)?)(?: - .*)?$", done.stdout, flags=re.M)
 
 
+def tests_of(path: Path) -> list[str]:
+    if path.suffix != ".py":
+        return KERNEL_TESTS
+    return list(dict.fromkeys([*FOLDER_TESTS.get(path.parent.name, []), *PYTHON_TESTS]))
+
+
 def try_mutant(mutant: Mutant, isas: list[str], baseline: Path) -> dict[str, object]:
     path = TREE / mutant.file
     text = path.read_text()
@@ -303,7 +325,7 @@ def try_mutant(mutant: Mutant, isas: list[str], baseline: Path) -> dict[str, obj
         if path.suffix != ".py" and not build():
             return {**result, "status": "does not compile"}
         shutil.copy2(extension, wrong)
-        names = PYTHON_TESTS if path.suffix == ".py" else KERNEL_TESTS
+        names = tests_of(path)
         for isa in isas if path.name in BY_INSTRUCTION_SET else isas[:1]:
             left_out: list[str] = []
             while True:
@@ -351,15 +373,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    sources = sorted(
-        [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "fastfocal").glob("*.py"), *(ROOT / "tests").glob("*.py")]
-    )
+    sources = sorted([*(ROOT / "csrc").rglob("*.*"), *python_files(), *(ROOT / "tests").glob("*.py")])
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sources if path.suffix != ".so")).hexdigest()[:12]
     log = WORK / f"results-{state}-{arguments.seed}{arguments.kind}.jsonl"
     WORK.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not arguments.table:
-        isas, baseline = prepare(), WORK / f"baseline-{state}.json"
+        isas, baseline = prepare(arguments.kind), WORK / f"baseline-{state}.json"
         known = {r["key"] for r in results}
         done = sum(r["status"] != "does not compile" for r in results)
         with tqdm(total=arguments.mutants, initial=done, unit=" mutants", mininterval=1) as bar:
