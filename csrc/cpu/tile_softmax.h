@@ -27,8 +27,20 @@ inline double lane_sum(Vec x) {
   return sum;
 }
 
+// An image's class mask, where there is one.
+template <class S, int kRoom, bool kMasked>
+struct TileMask {};
+template <class S, int kRoom>
+struct TileMask<S, kRoom, true> {
+  const uint8_t* mask_ = nullptr;
+  int64_t first_present_ = 0;     // the first class that is there
+  alignas(64) S present_[kRoom];  // 0 or 1, of classes side by side, as rows read them
+};
+
+constexpr int kSoftmaxBuffer = 10240;  // logits
+
 template <class T, class Loss, bool kMasked>
-class SoftmaxTile {
+class SoftmaxTile : TileMask<Accumulation<T>, kSoftmaxBuffer + Lanes<Accumulation<T>>::kCount, kMasked> {
   using S = Accumulation<T>;
 
  public:
@@ -60,7 +72,7 @@ class SoftmaxTile {
  private:
   using L = Lanes<S>;
   using V = typename L::V;
-  static constexpr int kBuffer = 10240;  // logits
+  static constexpr int kBuffer = kSoftmaxBuffer;
   // Rows of a block: what is in flight, read, written and in the buffer, is to stay in the first cache.
   static constexpr int kRowLogits = 1280, kRows = 16;
   // Cells of a block: at least this much of each plane, whose lines are asked for two blocks before, as no hardware prefetches from
@@ -149,12 +161,8 @@ class SoftmaxTile {
       L::store(g + k, (e * inverse) * grad, n);
     }
     if (label_[0] >= 0) put(g + label_[0], S(0) - grad_[0]);
-    for (int64_t k = 0; kMasked && k < classes_; k += kBuffer) {
-      const int n = int(classes_ - k < kBuffer ? classes_ - k : kBuffer);
-      gather_mask(k, n);
-      for (int i = 0; i < n; ++i)
-        if (present_[i] == S(0)) put(g + k + i, S(0));
-    }
+    for (int64_t k = 0; kMasked && k < classes_; ++k)
+      if (!is_present(k)) put(g + k, S(0));
     correct(0, g, 1);
   }
 
@@ -335,26 +343,32 @@ class SoftmaxTile {
 
   // --- what both share --------------------------------------------------------------------------------------------------
 
-  // The image's mask. Of rows that the buffer has room for, one after the other as their exponentials are; others gather parts.
+  // Of rows that the buffer has room for, the mask is gathered one after the other as their exponentials are; others gather parts.
   void look_at_mask(int64_t image) {
-    const uint8_t* const before = mask_;
-    mask_ = class_mask_of(params_, image);
-    if (mask_ == before) return;
-    first_present_ = 0;
-    while (first_present_ < classes_ && !is_present(first_present_)) ++first_present_;
+    const uint8_t* const before = this->mask_;
+    this->mask_ = class_mask_of(params_, image);
+    if (this->mask_ == before) return;
+    this->first_present_ = 0;
+    while (this->first_present_ < classes_ && !is_present(this->first_present_)) ++this->first_present_;
     if (classes_ > kBuffer) return;
     const int classes = int(classes_);
     gather_mask(0, classes);
-    for (int i = classes; i < kBuffer; ++i) present_[i] = present_[i - classes];
+    for (int i = classes; i < kBuffer; ++i) this->present_[i] = this->present_[i - classes];
   }
   void gather_mask(int64_t k, int n) {
-    for (int i = 0; i < n; ++i) present_[i] = S(mask_[(k + i) * params_.mask_class_stride] != 0);
+    for (int i = 0; i < n; ++i) this->present_[i] = S(is_present(k + i));
   }
-  bool is_present(int64_t k) const { return !kMasked || mask_[k * params_.mask_class_stride] != 0; }
-  int64_t first_present() const { return kMasked ? first_present_ : 0; }
+  bool is_present(int64_t k) const {
+    if constexpr (kMasked) return this->mask_[k * params_.mask_class_stride] != 0;
+    return true;
+  }
+  int64_t first_present() const {
+    if constexpr (kMasked) return this->first_present_;
+    return 0;
+  }
   // x, but 0 in the lanes of absent classes; at: of the first lane, among what is gathered.
   V if_present(int at, V x) const {
-    if constexpr (kMasked) x = select(V(S(0.5)) < L::load(present_ + at), x, V(S(0)));
+    if constexpr (kMasked) x = select(V(S(0.5)) < L::load(this->present_ + at), x, V(S(0)));
     return x;
   }
 
@@ -466,14 +480,11 @@ class SoftmaxTile {
   const Level* level_;
   const T *x_, *incoming_;  // incoming, losses: one of each anchor, or null
   T *g_, *losses_;
-  int64_t first_;                  // of the image's anchors among all
-  const uint8_t* mask_ = nullptr;  // the image's
-  int64_t first_present_ = 0;      // the first class that is there
+  int64_t first_;  // of the image's anchors among all
   S scale_, after_scale_;
   typename L::Total sum_;
 
   alignas(64) S exponential_[kBuffer + L::kCount];
-  alignas(64) S present_[kMasked ? kBuffer + L::kCount : 1];  // 0 or 1, of classes side by side, as rows read them
   // Of each anchor of the block. far: 0 or 1; greatest, the base: where it is 1. after: what the finished gradient is multiplied by.
   static constexpr int kRoom = kBlock + L::kCount;
   alignas(64) S own_[kRoom], others_[kRoom], distance_[kRoom], weight_[kRoom], far_[kRoom], greatest_[kRoom];
