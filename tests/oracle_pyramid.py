@@ -95,7 +95,8 @@ def _in_float64(element: oracle_losses.Element) -> Term:
 def _scored(loss: oracle_losses.Loss, exponent: float, negative_weight: float = 1.0) -> Loss:
     def term(x: Array, y: Array, positive: Array, relative: float) -> Term:
         x, y = x.astype(np.longdouble), np.where(positive, y, 0).astype(np.longdouble)
-        yes, no = loss.positive(x, y, relative=relative), loss.negative(x, relative=relative)
+        with np.errstate(invalid="ignore"):  # NaN logits
+            yes, no = loss.positive(x, y, relative=relative), loss.negative(x, relative=relative)
         return Term(*(np.where(positive, a, b) for a, b in zip(_in_float64(yes), _in_float64(no), strict=True)))
 
     return Loss(

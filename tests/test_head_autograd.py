@@ -519,6 +519,23 @@ def test_float16_with_a_loss_scale(generator: torch.Generator) -> None:
             assert min(others[:2]) > 0.005 and others[2] > 0.03 and others[3] > 0.1, (normalizer, others)
 
 
+@pytest.mark.parametrize("divisor", [0.0, float("inf")])
+def test_float16_with_an_image_that_is_divided_by_no_number(divisor: float, generator: torch.Generator) -> None:
+    """As without a fused head: that image's loss is infinite, or 0, and the other one's gradients are as ever."""
+    problem = draw(Layer(), generator, dtype=torch.float16)
+    normalizer = torch.tensor([divisor, 4.0])
+    want_loss, _ = exact(problem, problem.labels(), normalizer=normalizer)
+    _, want = exact(problem, problem.labels(), normalizer=4.0)
+    leaves = leaves_of(problem)
+    loss = fused_loss(problem, leaves, problem.labels(), normalizer=normalizer)
+    if divisor == 0:
+        assert loss.item() == want_loss.item() == float("inf")
+    else:
+        assert error(loss.detach(), want_loss) < RELATIVE[torch.float16]
+    for got, expected in zip(differentiate(loss, leaves)[: len(problem.features)], want, strict=False):
+        assert error(got[1], expected[1]) < RELATIVE[torch.float16]
+
+
 def divided_before_rounding(problem: Problem, normalizer: Any) -> list[Tensor]:
     """What float16 gradients of a loss that is divided first come to, everything else exact."""
     rounded = leaves_of(problem)
