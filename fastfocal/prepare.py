@@ -431,9 +431,11 @@ def read_per_anchor(name: str, plural: str, value: Levels, pyramid: Pyramid) -> 
 def read_scores(loss: Loss, scores: Levels, pyramid: Pyramid, soft: bool) -> Tensor:
     """As the packed labels lie; where one tensor came for all levels, its rows (N, sum M) as they are, which takes no pass."""
     check_scores(loss, soft)
-    if isinstance(scores, Tensor) and scores.dtype == pyramid.accumulation_dtype:
+    # A compiler makes one pass of the other way, whatever the strides of the next call are.
+    if isinstance(scores, Tensor) and scores.dtype == pyramid.accumulation_dtype and not is_compiling():
         (rows,) = read_anchors("scores", as_levels("scores", scores), True, pyramid)
-        if rows.stride(1) == 1 and not rows.is_inference():  # which nothing may keep for its backward
+        # No row twice, and no inference tensor: what is kept for backward has to be found again.
+        if rows.stride(1) == 1 and (len(rows) == 1 or rows.stride(0) >= rows.shape[1]) and not rows.is_inference():
             return rows
     return read_per_anchor("scores", "scores", scores, pyramid)
 

@@ -46,11 +46,18 @@ def restore(tensors: Sequence[Tensor | None], kept: Kept) -> list[Any]:
                     f"{dtype}, {device} as it was saved"
                 )
     return [
-        t
-        if t is None or t.stride() == strides
-        else torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)  # type: ignore[arg-type]
+        t if t is None or strides is None or t.stride() == strides else laid_out(t, strides)
         for t, strides in zip(tensors, kept.strides, strict=True)
     ]
+
+
+def laid_out(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy with these strides. Where one is 0, as of a tensor that was expanded, the same numbers are there all along."""
+    once = t
+    for dim, stride in enumerate(strides):
+        if stride == 0 and t.shape[dim] > 1:
+            once = once.narrow(dim, 0, 1)
+    return torch.empty_strided(once.shape, strides, dtype=t.dtype, device=t.device).copy_(once).expand(t.shape)
 
 
 def has_hooks() -> bool:

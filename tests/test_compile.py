@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from watch import Call, Recorder
 
 from fastfocal import FastFocalLoss, focal_loss, sigmoid_focal_loss
+from fastfocal.losses import LOSSES, Member
 
 SIZE = Size(2, 2, 5, ((5, 3), (3, 1)))
 
@@ -235,6 +236,37 @@ def test_compiled_step_with_soft_targets_and_weights(mode: str) -> None:
     weight = [torch.full(y.shape, 0.5) for y in labels]
     criterion = FastFocalLoss(SIZE.classes, normalizer=2.0, alpha=[0.1, 0.2, 0.3, 0.4, 0.5], grad_mode=mode)
     compare_with_eager(lambda xs, y: criterion([2 * x for x in xs], y, weight), "aot_eager", levels, soft)
+
+
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize("form", ["list", "one", "columns", "wide", "expanded"])
+@pytest.mark.parametrize("member", [m for m in LOSSES if m.parameters.takes_scores], ids=lambda m: m.parameters.name)
+def test_compiled_step_with_scores(member: Member, form: str, mode: str) -> None:
+    """One graph, whatever the scores are like; also of a program that was exported with others."""
+    levels, labels = problem()
+    columns = sum(SIZE.level_anchors())
+    rows = torch.rand(SIZE.images, columns + 3, generator=torch.Generator().manual_seed(5))
+    forms: dict[str, Any] = {
+        "list": list(rows[:, :columns].split(SIZE.level_anchors(), 1)),
+        "one": rows[:, :columns].contiguous(),
+        "columns": rows[:, :columns].t().contiguous().t(),
+        "wide": rows[:, :columns],
+        "expanded": rows[:1, :columns].expand(SIZE.images, columns),
+    }
+    scores = forms[form]
+    criterion = member.module(SIZE.classes, normalizer="scores", grad_mode=mode)
+    compare_with_eager(lambda xs, y: criterion([2 * x for x in xs], y, scores=scores), "aot_eager", levels, labels)
+    if form != "one" or mode != "save":
+        return
+
+    class Loss(nn.Module):
+        def forward(self, xs: list[Tensor], y: list[Tensor], given: Tensor) -> Tensor:
+            return criterion(xs, y, scores=given)  # type: ignore[no-any-return]
+
+    for strict in (True, False):
+        exported = torch.export.export(Loss(), (levels, labels, scores), strict=strict).module()
+        for other in (scores, forms["columns"], forms["wide"]):
+            torch.testing.assert_close(exported(levels, labels, other), criterion(levels, labels, scores=scores))
 
 
 def test_compiled_step_with_a_normalizer_on_the_device() -> None:

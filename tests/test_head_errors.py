@@ -437,6 +437,13 @@ def test_hooks_of_all_modules_do_not_run_unsaid(register: str) -> None:
     finally:
         handle.remove()
     assert head not in seen
+    handle = getattr(nn.modules.module, register)(lambda *_: None)
+    try:  # a compiler cannot trace a warning
+        torch.compile(lambda xs: criterion.fused_with(head, xs, call["targets"]), fullgraph=True, backend="eager")(
+            call["features"]
+        )
+    finally:
+        handle.remove()
     assert [Path(w.filename) for w in caught] == [Path(__file__)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")

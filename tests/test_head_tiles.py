@@ -234,14 +234,16 @@ def test_the_smaller_sums_wait(classes: int, side: int, dtype: torch.dtype) -> N
         features = [torch.empty(n, c, side, side, dtype=dtype, requires_grad=True) for _ in range(levels)]
         weight = torch.empty(outputs, c, 3, 3, dtype=dtype, requires_grad=True)
         labels = [torch.empty(n, side, side, anchors, dtype=torch.int64) for _ in range(levels)]
-        with TensorBytes([*features, weight, *labels]) as counted:
+        weights = [torch.empty(n, side, side, anchors) for _ in range(levels)]
+        with TensorBytes([*features, weight, *labels, *weights]) as counted:
             fastfocal.conv_focal_loss(
-                features, weight, None, labels, num_classes=classes, padding=1, chunk_bytes=chunk
+                features, weight, None, labels, num_classes=classes, padding=1, chunk_bytes=chunk, anchor_weight=weights
             ).backward()
     of_weight, of_features = weight.numel(), levels * features[0].numel()
     gradients = dtype.itemsize * (of_weight + of_features)
     # float32 has no wider sums; float16's range is too short to finish the weight's before they are scaled.
     sums = {torch.float32: 0, torch.float16: 4 * of_weight, torch.bfloat16: 4 * min(of_weight, of_features)}[dtype]
-    # The logits of a tile and the gradients that come of them, for one level's features too; the packed labels, twice.
-    of_tile = 3 * chunk + (4 + dtype.itemsize) * features[0].numel() + 2 * 2 * levels * labels[0].numel()
+    # The logits of a tile and the gradients that come of them, for one level's features too. Packed labels and weights, of all
+    # levels, and one level's again in the tiles' order.
+    of_tile = 3 * chunk + (4 + dtype.itemsize) * features[0].numel() + (2 + 4) * (levels + 1) * labels[0].numel()
     assert gradients < counted.peak <= gradients + sums + of_tile

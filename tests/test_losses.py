@@ -555,6 +555,51 @@ def test_scores_of_all_levels_are_read_where_they_are(
         found.backward()
 
 
+@pytest.mark.parametrize("mode", ["save", "recompute"])
+@pytest.mark.parametrize("name", ["scores", "class_mask", "both"])
+def test_expanded_tensors_come_back_from_hooks(backend: Backend, name: str, mode: str) -> None:
+    """One row for all images, given back by a hook as another tensor."""
+    problem = SCORED[0]
+    levels, targets, options = small_problem(problem, torch.float32)
+    levels, targets = move(levels, backend.device), move(targets, backend.device)
+    scores = torch.cat([s.flatten(1) for s in options.pop("scores")], 1).to(backend.device, torch.float32)[:1]
+    mask = torch.tensor([[True, False, True]], device=backend.device)
+    given: dict[str, Any] = {} if name == "scores" else {"class_mask": mask}
+    given |= {} if name == "class_mask" else {"scores": scores}
+    loss = getattr(fastfocal, problem.name)
+
+    def call(**more: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in levels]
+        found = loss(leaves, targets, grad_mode=mode, **options, **more)
+        return [found.detach(), *torch.autograd.grad(found, leaves)]
+
+    want = call(**{key: value.repeat(2, 1) for key, value in given.items()})
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        got = call(**{key: value.expand(2, -1) for key, value in given.items()})
+    assert all(map(same_bits, got, want))
+
+
+def test_a_second_derivative_looks_whether_scores_were_written_to(backend: Backend) -> None:
+    """Those of one tensor, which are the caller's; those of a list were copied."""
+    levels, targets, options = small_problem(SCORED[0])
+    levels, targets = move(levels, backend.device), move(targets, backend.device)
+    scores = [s.flatten(1).to(backend.device) for s in options.pop("scores")]
+
+    def second(given: Any, writes_to: list[Tensor]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in levels]
+        loss = getattr(fastfocal, SCORED[0].name)(leaves, targets, scores=given, grad_mode="save", **options)
+        for t in writes_to:
+            t.mul_(0.5)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+    together = torch.cat(scores, 1)
+    want = second(together, [])
+    with pytest.raises(RuntimeError, match="scores, mask or normalizer modified in place since the loss was computed"):
+        second(together, [together])
+    assert all(map(same_bits, second(scores, scores), want))
+
+
 def test_sixteen_bit_logits_keep_their_scores_digits(backend: Backend) -> None:
     """Scores next to 1 that a 16-bit number would round to it: the loss of a large logit is their distance from it."""
     x = torch.full((1, 64, 1), 20.0, dtype=torch.bfloat16, device=backend.device)

@@ -104,6 +104,7 @@ def images_first(levels: list[Level], weight: Tensor) -> Tensor | None:
             for channels in level.plan.channels:
                 level.tile(i, channels, of_weight)
             level.finish(i)
+        level.arranged.forget()
     return of_weight.total
 
 
@@ -120,6 +121,7 @@ def channels_first(levels: list[Level], weight: Tensor, dtype: torch.dtype) -> T
         for level in levels:
             for i in range(len(level.plan.rows)):
                 level.tile(i, channels, of_weight)
+            level.arranged.forget()
         assert of_weight.total is not None
         result[begin:end] = of_weight.total
     for level in levels:
@@ -273,6 +275,10 @@ class Arranged:
             for name in ("packed_labels", "scores", "anchor_weight")
         }
         self.made: dict[tuple[str, int, int, bool], Tensor] = {}
+
+    def forget(self) -> None:
+        """Lets the tiles' copies go, which are made again where they are wanted again."""
+        self.made.clear()
 
     def of_level(self, flat: Tensor) -> Tensor:
         """(N, A, cells)"""

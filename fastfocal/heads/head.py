@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.modules import module as torch_module
 
 from fastfocal import checks
@@ -39,7 +40,8 @@ def head_of(module: nn.Module | Sequence[nn.Module], chunk_bytes: ChunkBytes) ->
         raise ValueError("head: expected a layer, or one for each level; got an empty sequence")
     names = [f"head[{i}]" if many else "head" for i in range(len(modules))]
     layers = [layer_of(name, m) for name, m in zip(names, modules, strict=True)]
-    if torch_module._has_any_global_hook():  # a profiler's or a logger's as a rule, so that an error would be too much
+    # A profiler's or a logger's as a rule, so that an error would be too much. A compiler cannot trace a warning.
+    if not is_compiling() and torch_module._has_any_global_hook():
         warnings.warn(
             "fastfocal: hooks registered for all modules do not run for the head, as it is not called", stacklevel=4
         )

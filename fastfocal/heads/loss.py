@@ -286,7 +286,9 @@ class HeadLossFunction(torch.autograd.Function):
 
 
 def scaled(gradients: Sequence[Tensor | None], incoming: Tensor, keep: bool) -> list[Tensor | None]:
-    """Times the one number that all losses share, in float32 before it is rounded; in their own memory unless they are kept."""
+    """Times the one number that all losses share, in float32; rounded to what they are kept in, and in that memory unless they
+    are kept.
+    """
     found = list(gradients)
     number = incoming.flatten()[:1].sum()
     for dtype in dict.fromkeys(t.dtype for t in found if t is not None):

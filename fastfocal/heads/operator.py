@@ -130,7 +130,7 @@ def backward(ctx: Any, incoming: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 def times(gradient: Tensor, number: Tensor) -> Tensor:
-    """In float32, to be rounded once."""
+    """In float32, to be rounded then. What a bfloat16 gradient is kept in, it has been rounded to before."""
     wide = ops.accumulation_dtype(gradient.dtype)
     return gradient.to(wide) * number.to(wide)
 
